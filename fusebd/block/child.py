@@ -1,0 +1,599 @@
+"""The edges of the graph: the one place where requests are checked before a driver sees them.
+
+``Child`` leads from a node to one below it, ``Root`` from a user outside the graph (an open file, an export,
+the monitor) to a node.  An edge cuts or zero-fills at the end of the node, splits what is longer than the driver
+takes, pads what is not aligned (reads) and reads, modifies and writes back (writes), carries out discard,
+detect-zeroes and zero-write fallback, counts, and announces blkdebug's request events.  A Root also holds requests
+back while its node is drained, and reports failures as BLOCK_IO_ERROR.
+
+Behaviour: QEMU block/io.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from fusebd.block.perms import Perm, Role
+from fusebd.errors import BlockIOError, NotSupported
+
+if TYPE_CHECKING:
+    from fusebd.block.driver import Preallocation
+    from fusebd.block.node import Node
+
+Buffers = Sequence[memoryview]
+
+#: flags of writes; plain integers, because IntFlag arithmetic costs a microsecond a request
+FUA = 1  #: durable when the call returns
+MAY_UNMAP = 2  #: a zero write may deallocate
+NO_FALLBACK = 4  #: a zero write fails with NotSupported rather than write buffers of zeroes
+COMPRESSED = 8  #: store compressed, if the format can
+
+_NO_LIMIT = 1 << 62
+#: zeroes for what is past the end, for fallbacks and for comparing
+_ZEROES = memoryview(bytes(1 << 20))
+#: the longest piece in which a zero write falls back to buffers
+_FALLBACK_PIECE = len(_ZEROES)
+
+
+def nbytes(bufs: Buffers) -> int:
+    """The length of *bufs* together, in bytes."""
+    return len(bufs[0]) if len(bufs) == 1 else sum(map(len, bufs))
+
+
+def slice_buffers(bufs: Buffers, start: int, end: int) -> Buffers:
+    """Bytes *start* to *end* of *bufs*, without copying."""
+    if len(bufs) == 1:
+        return (bufs[0][start:end],)
+    parts = []
+    for buf in bufs:
+        if end <= 0:
+            break
+        if start < len(buf):
+            parts.append(buf[max(start, 0) : end])
+        start -= len(buf)
+        end -= len(buf)
+    return parts
+
+
+def fill_zeroes(bufs: Buffers) -> None:
+    """Set every byte of *bufs* to zero."""
+    for buf in bufs:
+        for at in range(0, len(buf), len(_ZEROES)):
+            part = buf[at : at + len(_ZEROES)]
+            part[:] = _ZEROES[: len(part)]
+
+
+def copy_into(bufs: Buffers, data: memoryview) -> None:
+    """Copy *data*, which is as long as *bufs*, into them."""
+    at = 0
+    for buf in bufs:
+        buf[:] = data[at : at + len(buf)]
+        at += len(buf)
+
+
+def is_zero(bufs: Buffers) -> bool:
+    """Whether every byte of *bufs* is zero."""
+    for buf in bufs:
+        for at in range(0, len(buf), len(_ZEROES)):
+            part = buf[at : at + len(_ZEROES)]
+            if part != _ZEROES[: len(part)]:
+                return False
+    return True
+
+
+class Child:
+    """An edge to *node*, called *name* by its parent.
+
+    All requests are in bytes of the node below.  Reading past its end gives zeroes; writing past its end makes it
+    longer if the edge may resize.  Requests suspend where the driver does, and while an overlapping
+    read-modify-write is under way.  They raise BlockIOError.
+    """
+
+    __slots__ = (
+        "_mask",
+        "_max_transfer",
+        "_plain_write",
+        "debug_event",
+        "driver",
+        "name",
+        "node",
+        "parent",
+        "perm",
+        "role",
+        "shared",
+    )
+
+    def __init__(self, parent: Node | None, name: str, role: Role, node: Node) -> None:
+        self.parent = parent
+        self.name = name
+        self.role = role
+        self.perm, self.shared = Perm.NONE, Perm.ALL
+        self.point_at(node)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of {self.parent_description}: {self.node.name}>"
+
+    @property
+    def parent_description(self) -> str:
+        """The parent, as QEMU's messages call it."""
+        assert self.parent is not None
+        return f"node '{self.parent.name}'"
+
+    def point_at(self, node: Node) -> None:
+        """Lead to *node* from now on.  The caller keeps the parents' list and the permissions right."""
+        self.node = node
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what the request path needs from the node: its driver and the driver's limits."""
+        driver = self.driver = self.node.driver
+        self.debug_event = driver.debug_event
+        self._mask = driver.limits.request_alignment - 1
+        self._max_transfer = driver.limits.max_transfer or _NO_LIMIT
+        self._plain_write = not self._mask and driver.debug_event is None and self.node.detect_zeroes == "off"
+
+    def child_resized(self) -> None:
+        """The node has a new length."""
+        if self.parent is not None and self.parent.is_open:
+            self.parent.driver.child_resized(self)
+
+    # -- reading --------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        """Fill *bufs* from byte *offset* on; what is past the end of the node reads as zeroes."""
+        driver = self.driver
+        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
+        if offset + size > driver.length or size > self._max_transfer or (offset | size) & self._mask:
+            await self._preadv_pieces(offset, bufs, size)
+            return
+        counters = self.node.counters
+        began = perf_counter_ns()
+        try:
+            await driver.preadv(offset, bufs)
+        except BaseException:
+            counters.failed_rd_operations += 1
+            raise
+        counters.rd_operations += 1
+        counters.rd_bytes += size
+        counters.rd_total_time_ns += perf_counter_ns() - began
+
+    async def _preadv_pieces(self, offset: int, bufs: Buffers, size: int) -> None:
+        length, mask = self.driver.length, self._mask
+        if offset + size > length:
+            inside = max(length - offset, 0)
+            fill_zeroes(slice_buffers(bufs, inside, size))
+            if not inside:
+                return
+            bufs, size = slice_buffers(bufs, 0, inside), inside
+        start, end = offset & ~mask, (offset + size + mask) & ~mask
+        if (start, end) != (offset, offset + size):
+            # An unaligned end of the node is inside the driver's last aligned unit: it reads zeroes there.
+            whole = memoryview(bytearray(end - start))
+            await self._read_split(start, (whole,), end - start)
+            copy_into(bufs, whole[offset - start : offset - start + size])
+        else:
+            await self._read_split(offset, bufs, size)
+
+    async def _read_split(self, offset: int, bufs: Buffers, size: int) -> None:
+        """Read an aligned range in pieces that the driver takes."""
+        counters = self.node.counters
+        piece = self._max_transfer & ~self._mask
+        began = perf_counter_ns()
+        try:
+            for at in range(0, size, piece):
+                part = bufs if size <= piece else slice_buffers(bufs, at, min(at + piece, size))
+                await self.driver.preadv(offset + at, part)
+        except BaseException:
+            counters.failed_rd_operations += 1
+            raise
+        counters.rd_operations += 1
+        counters.rd_bytes += size
+        counters.rd_total_time_ns += perf_counter_ns() - began
+
+    # -- writing --------------------------------------------------------------------------------
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        """Write all of *bufs* from byte *offset* on.  *flags*: FUA, COMPRESSED, and MAY_UNMAP for detected zeroes."""
+        driver, node = self.driver, self.node
+        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
+        end = offset + size
+        if end > driver.length and not self.perm & Perm.RESIZE:
+            raise self._past_end("write", offset)
+        if not self._plain_write or size > self._max_transfer or flags:
+            await self._pwritev_general(offset, bufs, size, flags)
+            return
+        counters = node.counters
+        began = perf_counter_ns()
+        try:
+            await driver.pwritev(offset, bufs)
+        except BaseException:
+            counters.failed_wr_operations += 1
+            raise
+        node.write_generation += 1
+        counters.wr_operations += 1
+        counters.wr_bytes += size
+        counters.wr_total_time_ns += perf_counter_ns() - began
+        if end > counters.wr_highest_offset:
+            counters.wr_highest_offset = end
+            if end > driver.length:
+                node.set_length(end)
+
+    async def _pwritev_general(self, offset: int, bufs: Buffers, size: int, flags: int) -> None:
+        if not size:
+            return
+        node, mask = self.node, self._mask
+        counters = node.counters
+        start, end = offset & ~mask, (offset + size + mask) & ~mask
+        unaligned = (start, end) != (offset, offset + size)
+        began = perf_counter_ns()
+        lock = await node.ranges.acquire(start, end, exclusive=unaligned) if mask else None
+        try:
+            if unaligned:
+                bufs = await self._with_surroundings(offset, bufs, size, start, end)
+            await self._write_aligned(start, bufs, end - start, flags)
+        except BaseException:
+            counters.failed_wr_operations += 1
+            raise
+        finally:
+            if lock is not None:
+                node.ranges.release(lock)
+        counters.wr_operations += 1
+        counters.wr_bytes += size
+        counters.wr_total_time_ns += perf_counter_ns() - began
+        self._wrote(offset + size)
+
+    async def _with_surroundings(self, offset: int, bufs: Buffers, size: int, start: int, end: int) -> Buffers:
+        """*bufs* with the bytes around them that fill up the aligned range *start* to *end*."""
+        unit = self._mask + 1
+        whole = memoryview(bytearray(end - start))
+        announce = self.debug_event
+        head, tail = offset != start, offset + size != end
+        one_unit = end - start == unit
+        if head or one_unit:
+            if announce is not None:
+                await announce("pwritev_rmw_head" if head else "pwritev_rmw_tail")
+            await self._read_for_merge(start, whole[:unit])
+            if announce is not None and head:
+                await announce("pwritev_rmw_after_head")
+        if tail and not one_unit:
+            if announce is not None:
+                await announce("pwritev_rmw_tail")
+            await self._read_for_merge(end - unit, whole[-unit:])
+        if announce is not None and tail:
+            await announce("pwritev_rmw_after_tail")
+        at = offset - start
+        for buf in bufs:
+            whole[at : at + len(buf)] = buf
+            at += len(buf)
+        return (whole,)
+
+    async def _read_for_merge(self, offset: int, buf: memoryview) -> None:
+        if offset < self.driver.length:
+            await self.driver.preadv(offset, (buf,))
+
+    async def _write_aligned(self, offset: int, bufs: Buffers, size: int, flags: int) -> None:
+        node, driver, announce = self.node, self.driver, self.debug_event
+        if node.detect_zeroes != "off" and not flags & COMPRESSED and is_zero(bufs):
+            if node.detect_zeroes == "unmap":
+                flags |= MAY_UNMAP
+            await self._zero_aligned(offset, size, flags)
+            return
+        if announce is not None and not flags & COMPRESSED:
+            await announce("pwritev")
+        piece = self._max_transfer & ~self._mask
+        passed = flags & ~MAY_UNMAP if driver.supports_fua else flags & COMPRESSED
+        for at in range(0, size, piece):
+            part = bufs if size <= piece else slice_buffers(bufs, at, min(at + piece, size))
+            await driver.pwritev(offset + at, part, passed)
+        if announce is not None:
+            await announce("pwritev_done")
+        if flags & FUA and not driver.supports_fua:
+            node.write_generation += 1
+            await self.flush()
+
+    def _past_end(self, operation: str, offset: int) -> BlockIOError:
+        reason = "past the end of the node"
+        return BlockIOError(errno.EIO, node_name=self.node.name, operation=operation, offset=offset, reason=reason)
+
+    def _wrote(self, end: int) -> None:
+        """A change that reached up to byte *end* is in."""
+        node = self.node
+        node.write_generation += 1
+        if end > node.counters.wr_highest_offset:
+            node.counters.wr_highest_offset = end
+        if end > self.driver.length:
+            node.set_length(end)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make *length* bytes read as zeroes.  *flags*: MAY_UNMAP, NO_FALLBACK, FUA.
+
+        With NO_FALLBACK it raises NotSupported before anything has changed if the driver cannot do it.
+        """
+        if not length:
+            return
+        node, mask, end = self.node, self._mask, offset + length
+        if end > self.driver.length and not self.perm & Perm.RESIZE:
+            raise self._past_end("write zeroes", offset)
+        counters = node.counters
+        first, last = (offset + mask) & ~mask, end & ~mask
+        if mask and (first, last) != (offset, end):
+            if flags & NO_FALLBACK:
+                raise NotSupported(node_name=node.name, operation="write zeroes")
+            # Only whole units can be zeroed as such; the bytes before and after are written.
+            if first >= last:
+                await self.pwritev(offset, _zero_buffers(length), flags & FUA)
+                return
+            if first > offset:
+                await self.pwritev(offset, _zero_buffers(first - offset), flags & FUA)
+            if end > last:
+                await self.pwritev(last, _zero_buffers(end - last), flags & FUA)
+            offset, end = first, last
+        lock = await node.ranges.acquire(offset, end, exclusive=False) if mask else None
+        began = perf_counter_ns()
+        try:
+            await self._zero_aligned(offset, end - offset, flags)
+        except BaseException:
+            counters.failed_wr_operations += 1
+            raise
+        finally:
+            if lock is not None:
+                node.ranges.release(lock)
+        counters.wr_operations += 1
+        counters.wr_bytes += length
+        counters.wr_total_time_ns += perf_counter_ns() - began
+        self._wrote(end)
+
+    async def _zero_aligned(self, offset: int, length: int, flags: int) -> None:
+        node, driver, announce = self.node, self.driver, self.debug_event
+        limits = driver.limits
+        if not node.unmap:
+            flags &= ~MAY_UNMAP
+        if announce is not None:
+            await announce("pwritev_zero")
+        passed = flags if driver.supports_fua else flags & ~FUA
+        for start, size in _pieces(offset, length, limits.pwrite_zeroes_alignment, limits.max_pwrite_zeroes):
+            try:
+                await driver.pwrite_zeroes(start, size, passed)
+            except NotSupported:
+                if flags & NO_FALLBACK:
+                    raise
+                piece = min(_FALLBACK_PIECE, self._max_transfer) & ~self._mask
+                for at in range(0, size, piece):
+                    await driver.pwritev(start + at, (_ZEROES[: min(piece, size - at)],), passed & FUA)
+        if announce is not None:
+            await announce("pwritev_done")
+        if flags & FUA and not driver.supports_fua:
+            node.write_generation += 1
+            await self.flush()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """The content of *length* bytes is not needed any more; what is past the end is cut off.
+
+        Does nothing on a node without discard=unmap, and where the driver cannot.
+        """
+        node = self.node
+        length = min(length, self.driver.length - offset)
+        if not node.unmap or length <= 0:
+            return
+        limits, counters = self.driver.limits, node.counters
+        began = perf_counter_ns()
+        try:
+            for start, size in _pieces(
+                offset, length, limits.pdiscard_alignment or limits.request_alignment, limits.max_pdiscard
+            ):
+                if (start | size) & self._mask:
+                    continue
+                try:
+                    await self.driver.pdiscard(start, size)
+                except NotSupported:
+                    continue
+        except BaseException:
+            counters.failed_unmap_operations += 1
+            raise
+        counters.unmap_operations += 1
+        counters.unmap_bytes += length
+        counters.unmap_total_time_ns += perf_counter_ns() - began
+        node.write_generation += 1
+
+    async def flush(self) -> None:
+        """Make every write that has returned durable."""
+        counters = self.node.counters
+        began = perf_counter_ns()
+        try:
+            await self.driver.flush()
+        except BaseException:
+            counters.failed_flush_operations += 1
+            raise
+        counters.flush_operations += 1
+        counters.flush_total_time_ns += perf_counter_ns() - began
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        """Give the node *length* bytes; new ones read as zeroes.  Raises BlockIOError, ReadOnlyError.
+
+        Where a longer backing node would show in new bytes of an overlay, they are zeroed.
+        """
+        node = self.node
+        backing = node.backing
+        if backing is not None and backing.driver.length > self.driver.length:
+            zero = True
+        await self.driver.truncate(length, exact=exact, prealloc=prealloc, zero=zero)
+        node.write_generation += 1
+
+
+def _zero_buffers(length: int) -> Buffers:
+    """Read-only buffers of zeroes, *length* bytes together."""
+    whole, rest = divmod(length, len(_ZEROES))
+    return [_ZEROES] * whole + ([_ZEROES[:rest]] if rest else [])
+
+
+def _pieces(offset: int, length: int, alignment: int, maximum: int) -> list[tuple[int, int]]:
+    """The range as an unaligned head, aligned pieces of at most *maximum*, and an unaligned tail (offset, length)."""
+    alignment = alignment or 1
+    maximum = (maximum or _NO_LIMIT) // alignment * alignment or alignment
+    pieces = []
+    end = offset + length
+    while offset < end:
+        if offset % alignment:
+            stop = min(end, offset - offset % alignment + alignment)
+        else:
+            stop = min(end - end % alignment, offset + maximum) if end - offset >= alignment else end
+        pieces.append((offset, stop - offset))
+        offset = stop
+    return pieces
+
+
+class Root(Child):
+    """An edge from outside the graph: a file that is open, an export, the monitor.
+
+    *description* names the user in messages (``block device 'x'``, ``an unnamed block device``).  Requests outside of
+    the node fail with EIO, as they do on a real device.  While the node is drained, requests wait.
+    ``on_resize`` is called when the length has changed.
+    """
+
+    __slots__ = ("_description", "_gate", "_idle", "in_flight", "on_resize", "report_errors")
+
+    def __init__(self, node: Node, description: str, *, report_errors: bool = True) -> None:
+        super().__init__(None, "root", Role.DATA | Role.PRIMARY, node)
+        self._description = description
+        self._gate: trio.Event | None = None
+        self._idle: trio.Event | None = None
+        self.in_flight = 0
+        self.report_errors = report_errors
+        self.on_resize: Callable[[], None] | None = None
+
+    @property
+    def parent_description(self) -> str:
+        return self._description
+
+    @property
+    def length(self) -> int:
+        """The node's length in bytes."""
+        return self.driver.length
+
+    def child_resized(self) -> None:
+        if self.on_resize is not None:
+            self.on_resize()
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        """Fill *bufs* from byte *offset* on; EIO if any of it is past the end."""
+        if self._gate is not None:
+            await self.wait_undrained()
+        self.in_flight += 1
+        try:
+            if offset < 0 or offset + nbytes(bufs) > self.driver.length:
+                raise self._outside("read", offset)
+            await Child.preadv(self, offset, bufs)
+        except BlockIOError as error:
+            self._report("read", error)
+            raise
+        finally:
+            self.in_flight -= 1
+            if self._idle is not None:
+                self._check_idle()
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        """Write *bufs* from byte *offset* on; EIO if any of it is past the end and the edge may not resize."""
+        if self._gate is not None:
+            await self.wait_undrained()
+        self.in_flight += 1
+        try:
+            if offset < 0:
+                raise self._outside("write", offset)
+            await Child.pwritev(self, offset, bufs, flags)
+        except BlockIOError as error:
+            self._report("write", error)
+            raise
+        finally:
+            self.in_flight -= 1
+            if self._idle is not None:
+                self._check_idle()
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        async with self._request("write"):
+            await super().pwrite_zeroes(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        async with self._request("unmap"):
+            await super().pdiscard(offset, length)
+
+    async def flush(self) -> None:
+        async with self._request("flush"):
+            await super().flush()
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        async with self._request("resize"):
+            await super().truncate(length, exact=exact, prealloc=prealloc, zero=zero)
+
+    @asynccontextmanager
+    async def _request(self, operation: str) -> AsyncIterator[None]:
+        if self._gate is not None:
+            await self.wait_undrained()
+        self.in_flight += 1
+        try:
+            yield
+        except BlockIOError as error:
+            if not isinstance(error, NotSupported):
+                self._report(operation, error)
+            raise
+        finally:
+            self.in_flight -= 1
+            if self._idle is not None:
+                self._check_idle()
+
+    def _outside(self, operation: str, offset: int) -> BlockIOError:
+        return BlockIOError(
+            errno.EIO, node_name=self.node.name, operation=operation, offset=offset, reason="outside of the node"
+        )
+
+    def _report(self, operation: str, error: BlockIOError) -> None:
+        if not self.report_errors:
+            return
+        data: dict[str, Any] = {
+            "device": "",
+            "node-name": self.node.name,
+            "operation": "write" if operation == "unmap" else operation,
+            "action": "report",
+            "nospace": error.errno == errno.ENOSPC,
+            "reason": os.strerror(error.errno),
+        }
+        self.node.emit("BLOCK_IO_ERROR", data)
+
+    # -- drain ----------------------------------------------------------------------------------
+
+    async def wait_undrained(self) -> None:
+        """Wait until requests may start."""
+        while self._gate is not None:
+            await self._gate.wait()
+
+    def begin_drain(self) -> None:
+        """From now on, requests that arrive wait."""
+        if self._gate is None:
+            self._gate = trio.Event()
+
+    def end_drain(self) -> None:
+        """Let the waiting requests go."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is under way."""
+        while self.in_flight:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def _check_idle(self) -> None:
+        if not self.in_flight and self._idle is not None:
+            idle, self._idle = self._idle, None
+            idle.set()

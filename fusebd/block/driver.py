@@ -1,0 +1,339 @@
+"""What a driver is, and how it is found.
+
+A driver is a class registered under its QAPI name together with the declaration of its options.
+The graph calls ``open``; from then on requests arrive through the edges (``fusebd.block.child``),
+which have already checked bounds, split what is too long, padded what is unaligned and applied
+discard, detect-zeroes and permissions.  A driver only drives.
+
+Buffers are sequences of writable (read) or readable (write) byte memoryviews; all offsets and lengths
+are bytes.  No method suspends on its own account unless its docstring says so: it suspends where
+a child does, or where the host has to wait.
+
+The operations and their semantics are those of QEMU's BlockDriver (include/block/block_int-common.h).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from fusebd.block.child import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, Buffers, Child, nbytes
+from fusebd.block.node import Node
+from fusebd.block.options import BlockdevOptions, Json, convert, references
+from fusebd.block.perms import Perm, Role, default_perms
+from fusebd.block.status import BlockStatus, Status
+from fusebd.errors import NotSupported, OptionError
+
+if TYPE_CHECKING:
+    from fusebd.block.opening import Opening
+
+__all__ = [
+    "COMPRESSED",
+    "FUA",
+    "MAY_UNMAP",
+    "NO_FALLBACK",
+    "BlockStatus",
+    "Buffers",
+    "Child",
+    "Driver",
+    "FilterDriver",
+    "FormatDriver",
+    "Limits",
+    "Node",
+    "Preallocation",
+    "ProtocolDriver",
+    "Status",
+    "driver_class",
+    "driver_names",
+    "nbytes",
+    "parse_blockdev",
+    "prefix_driver",
+    "register",
+]
+
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+D = TypeVar("D", bound="Driver")
+
+
+@dataclass(slots=True)
+class Limits:
+    """What requests a driver takes; the edge above makes them fit.  0 = no limit, all in bytes.
+
+    ``request_alignment`` (a power of two) holds for offset and length of every read and write.  Zero writes and
+    discards are handed over in pieces aligned to ``pwrite_zeroes_alignment``/``pdiscard_alignment`` as far as
+    possible; an unaligned head or tail still arrives, and may be answered with NotSupported.
+    """
+
+    request_alignment: int = 1
+    max_transfer: int = 0
+    pwrite_zeroes_alignment: int = 0
+    max_pwrite_zeroes: int = 0
+    pdiscard_alignment: int = 0
+    max_pdiscard: int = 0
+
+
+class Driver:
+    """Base of all drivers.
+
+    Subclasses set ``length`` (bytes; a plain attribute, because every request reads it) and ``limits``
+    in ``open`` or ``__init__``; ``node`` is set by the graph before ``open`` is called.
+    """
+
+    name: ClassVar[str]
+    options_class: ClassVar[type[BlockdevOptions]]
+    is_filter: ClassVar[bool] = False
+    is_format: ClassVar[bool] = False
+    #: whether ``pwritev`` honours the FUA flag; otherwise the edge flushes after the write
+    supports_fua: ClassVar[bool] = False
+    #: file-name prefix that names this driver (``blkdebug:``), None if it has none
+    protocol_prefix: ClassVar[str | None] = None
+
+    #: options of children whose format is probed where a file name leaves it out (not for blockdev-add)
+    probed_children: ClassVar[frozenset[str]] = frozenset()
+
+    node: Node
+    length: int = 0
+    limits: Limits
+    #: blkdebug's hook: the parent's driver announces its events here.  None nearly always, so
+    #: callers write ``if self.file.debug_event is not None: await self.file.debug_event("l2_load")``
+    debug_event: Callable[[str], Awaitable[None]] | None = None
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.limits = Limits()
+
+    @classmethod
+    async def open(cls: type[D], opening: Opening, options: Any) -> D:
+        """Open a node: open its children through *opening*, read what has to be read.
+
+        *options* is an instance of ``options_class``.  Whatever *opening* opened is closed by the graph if
+        this raises; what the driver itself opened (a descriptor) it has to close itself then.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, Json]:
+        """The options meant by the file name *name*, which begins with ``protocol_prefix``."""
+        raise OptionError(f"Driver '{cls.name}' cannot be named by a file name")
+
+    @classmethod
+    def probe(cls, data: bytes, name: str) -> int:
+        """How surely an image that begins with *data* and is called *name* is of this format: 0 not, 100 surely."""
+        return 0
+
+    async def close(self) -> None:
+        """Let go of what the driver itself holds.  The node was flushed; its children close after it."""
+
+    # -- data -----------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        """Fill *bufs* with the bytes from byte *offset* on: all of them, or raise BlockIOError."""
+        raise NotSupported(node_name=self.node.name, operation="read")
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        """Write all of *bufs* from byte *offset* on.  *flags*: FUA (if ``supports_fua``), COMPRESSED."""
+        raise NotSupported(node_name=self.node.name, operation="write")
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make *length* bytes read as zeroes.  *flags*: MAY_UNMAP (deallocate), NO_FALLBACK (only if fast), FUA.
+
+        NotSupported makes the edge write buffers of zeroes instead (not under NO_FALLBACK).
+        """
+        raise NotSupported(node_name=self.node.name, operation="write zeroes")
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """The content of *length* bytes is not needed any more.  NotSupported is ignored by the edge."""
+        raise NotSupported(node_name=self.node.name, operation="discard")
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        """What the range is made of in this layer: for a prefix of it, of one kind."""
+        return BlockStatus(Status.DATA | Status.ALLOCATED, length)
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        """Change the length to *length* bytes and set ``self.node.set_length``.
+
+        *exact*: not longer than asked (a device may be larger).  *zero*: new bytes must read as zeroes even where
+        something below would show through.  New bytes of a file read as zeroes anyway.
+        """
+        reason = "Image format driver does not support resize"
+        raise NotSupported(node_name=self.node.name, operation="resize", reason=reason)
+
+    async def flush(self) -> None:
+        """Make completed writes durable: own caches (flush_to_os), then the disk, then children.
+
+        Drivers override ``flush_to_os`` and ``flush_to_disk``; only one with a different order of things
+        overrides this.
+        """
+        node = self.node
+        primary = node.primary_child
+        announce = primary.debug_event if primary is not None else None
+        if announce is not None:
+            await announce("flush_to_os")
+        await self.flush_to_os()
+        generation = node.write_generation
+        if not node.no_flush and node.flushed_generation != generation:
+            if announce is not None:
+                await announce("flush_to_disk")
+            await self.flush_to_disk()
+        for child in list(node.children.values()):
+            if child.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+                await child.flush()
+        node.flushed_generation = generation
+
+    async def flush_to_os(self) -> None:
+        """Write own caches out to the children."""
+
+    async def flush_to_disk(self) -> None:
+        """Have the host make durable what was written (fdatasync)."""
+
+    # -- the graph ------------------------------------------------------------------------------
+
+    @classmethod
+    def child_perm(cls, node: Node, child: str, role: Role, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Permissions (taken, shared) of *node* on its child named *child*, given those of all parents.
+
+        Also asked while *node* is still opening: only its options and ``read_only`` can be relied on.
+        """
+        return default_perms(role, perm, shared, writable=not node.read_only)
+
+    def set_perm(self, perm: Perm, shared: Perm) -> None:
+        """All parents together now take *perm* and share *shared*; raise PermissionConflict to refuse."""
+
+    def child_resized(self, child: Child) -> None:
+        """The node below *child* has a new length."""
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    @property
+    def filename(self) -> str:
+        """A plain name that would open the same thing (a path, a legacy spelling), or ""."""
+        return ""
+
+    def allocated_bytes(self) -> int | None:
+        """Bytes that the node takes on the host, its own files only; None if unknown."""
+        child = self.node.primary_child
+        return child.node.driver.allocated_bytes() if child is not None else None
+
+    def format_info(self) -> dict[str, Json]:
+        """Members of QAPI ImageInfo that only this driver knows (cluster-size, format-specific, ...)."""
+        return {}
+
+
+class ProtocolDriver(Driver):
+    """A driver with no child: it talks to the host."""
+
+
+class FormatDriver(Driver):
+    """A driver that gives the bytes of its ``file`` child a structure."""
+
+    is_format = True
+    probed_children = frozenset({"backing"})
+
+
+class FilterDriver(Driver):
+    """A driver whose content is that of one child, unless it changes a request on its way.
+
+    Everything is passed on as it is; a filter overrides what it treats differently.
+    """
+
+    is_filter = True
+
+    def __init__(self, node: Node, file: Child) -> None:
+        super().__init__(node)
+        self.file = file
+        self.length = file.node.driver.length
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        await self.file.preadv(offset, bufs)
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        await self.file.pwritev(offset, bufs, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        await self.file.pdiscard(offset, length)
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        return BlockStatus(Status.RAW | Status.OFFSET_VALID, length, offset, self.file.node)
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        await self.file.truncate(length, exact=exact, prealloc=prealloc, zero=zero)
+
+    def child_resized(self, child: Child) -> None:
+        if child is self.file:
+            self.node.set_length(child.node.driver.length)
+
+
+# --- registry ------------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, type[Driver]] = {}
+
+
+def register(name: str, options: type[BlockdevOptions]) -> Callable[[type[D]], type[D]]:
+    """Class decorator: *name* is the driver's name in QAPI, *options* the declaration of its options."""
+
+    def enter(driver: type[D]) -> type[D]:
+        # One class may serve two names (null-co, null-aio): each gets a class of its own.
+        made: type[Driver] = driver if "name" not in driver.__dict__ else type(driver.__name__, (driver,), {})
+        made.name, made.options_class = name, options
+        _REGISTRY[name] = made
+        return driver
+
+    return enter
+
+
+def _modules() -> list[str]:
+    import fusebd.drivers
+
+    return sorted(module.name for module in pkgutil.iter_modules(fusebd.drivers.__path__))
+
+
+def driver_class(name: str) -> type[Driver]:
+    """The driver called *name*; its module is imported when it is first asked for.  Raises OptionError."""
+    if name not in _REGISTRY:
+        modules = _modules()
+        wanted = name.replace("-", "_")
+        for module in [wanted] if wanted in modules else modules:
+            importlib.import_module(f"fusebd.drivers.{module}")
+    if name not in _REGISTRY:
+        raise OptionError(f"Parameter 'driver' does not accept value '{name}'")
+    return _REGISTRY[name]
+
+
+def driver_names() -> list[str]:
+    """The names of all drivers there are, in alphabetical order."""
+    for module in _modules():
+        importlib.import_module(f"fusebd.drivers.{module}")
+    return sorted(_REGISTRY)
+
+
+def prefix_driver(prefix: str) -> type[Driver] | None:
+    """The driver that file names beginning with ``prefix:`` mean, if there is one."""
+    return next((d for d in map(driver_class, driver_names()) if d.protocol_prefix == prefix), None)
+
+
+def parse_blockdev(value: Json, prefix: str = "") -> BlockdevOptions:
+    """*value*, the JSON object of a blockdev-add or of an inline child, validated with all it contains.
+
+    *prefix* is its place in the whole (``file.``), for messages.  Raises OptionError.
+    """
+    if not isinstance(value, dict):
+        raise OptionError(f"Invalid parameter type for '{prefix.rstrip('.')}', expected: object")
+    if "driver" not in value:
+        raise OptionError(f"Parameter '{prefix}driver' is missing")
+    if not isinstance(value["driver"], str):
+        raise OptionError(f"Invalid parameter type for '{prefix}driver', expected: string")
+    options = convert(value, driver_class(value["driver"]).options_class, prefix)
+    for name, ref in references(options):
+        if ref.raw is not None:
+            ref.options = parse_blockdev(ref.raw, f"{prefix}{name}.")
+    return options

@@ -1,0 +1,151 @@
+"""A node of the block graph: a driver, its name, its edges, and what is counted about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from fusebd.block.perms import Perm, Role
+
+if TYPE_CHECKING:
+    from fusebd.block.child import Child
+    from fusebd.block.driver import Driver
+    from fusebd.block.graph import Graph
+    from fusebd.block.options import BlockdevOptions
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went through a node since it was opened: requests, bytes, failures, nanoseconds.
+
+    The names are those of QAPI BlockDeviceStats.
+    """
+
+    rd_operations: int = 0
+    rd_bytes: int = 0
+    rd_total_time_ns: int = 0
+    failed_rd_operations: int = 0
+    wr_operations: int = 0
+    wr_bytes: int = 0
+    wr_total_time_ns: int = 0
+    failed_wr_operations: int = 0
+    flush_operations: int = 0
+    flush_total_time_ns: int = 0
+    failed_flush_operations: int = 0
+    unmap_operations: int = 0
+    unmap_bytes: int = 0
+    unmap_total_time_ns: int = 0
+    failed_unmap_operations: int = 0
+    wr_highest_offset: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(slots=True)
+class Inherited:
+    """Option values that an inline child takes over where its own say nothing."""
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    force_share: bool = False
+    cache_direct: bool = False
+    cache_no_flush: bool = False
+
+
+class RangeLock:
+    """Keeps overlapping writes apart where one of them reads, modifies and writes back.
+
+    Used only on nodes whose request alignment is more than one byte.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[int, int, bool, trio.Event]] = []
+
+    async def acquire(self, start: int, end: int, *, exclusive: bool) -> tuple[int, int, bool, trio.Event]:
+        """Wait until nothing held overlaps bytes *start* to *end*, or only shared holders do.
+
+        Suspends only while there is a conflict.  The result is given to ``release``.
+        """
+        while conflict := next((h for h in self._held if h[0] < end and start < h[1] and (exclusive or h[2])), None):
+            await conflict[3].wait()
+        token = (start, end, exclusive, trio.Event())
+        self._held.append(token)
+        return token
+
+    def release(self, token: tuple[int, int, bool, trio.Event]) -> None:
+        self._held.remove(token)
+        token[3].set()
+
+
+class Node:
+    """One block node.  Made and ended by the graph alone.
+
+    ``read_only`` is what holds now (an option, inherited, or fallen back to); ``unmap`` whether
+    discards are carried out.  ``driver`` exists once the node is open (``is_open``).
+    """
+
+    driver: Driver
+
+    def __init__(self, graph: Graph, name: str, options: BlockdevOptions, inherited: Inherited) -> None:
+        self.graph = graph
+        self.name = name
+        self.options = options
+        self.inherited = inherited  # resolved: own options where given, the parent's where not
+        self.read_only = inherited.read_only
+        self.force_share = inherited.force_share
+        self.no_flush = inherited.cache_no_flush
+        self.cache_direct = inherited.cache_direct
+        self.unmap = options.discard == "unmap"
+        self.detect_zeroes = options.detect_zeroes
+        self.is_open = False
+        self.monitor_owned = False
+        self.parents: list[Child] = []
+        self.children: dict[str, Child] = {}
+        self.counters = Counters()
+        self.ranges = RangeLock()
+        self.write_generation = 0
+        self.flushed_generation = 0
+        self.perm, self.shared = Perm.NONE, Perm.ALL  # what the driver was last told
+
+    def __repr__(self) -> str:
+        return f"<node {self.name} ({self.options.driver})>"
+
+    @property
+    def driver_name(self) -> str:
+        return self.options.driver
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.parents) or self.monitor_owned
+
+    @property
+    def primary_child(self) -> Child | None:
+        """The child that holds this node's data, or that it filters."""
+        return next((c for c in self.children.values() if c.role & Role.PRIMARY), None)
+
+    @property
+    def backing(self) -> Child | None:
+        """The copy-on-write child, if there is one."""
+        return self.children.get("backing")
+
+    def cumulative_perms(self) -> tuple[Perm, Perm]:
+        """What all parents together take, and what every one of them shares."""
+        perm, shared = Perm.NONE, Perm.ALL
+        for edge in self.parents:
+            perm |= edge.perm
+            shared &= edge.shared
+        return perm, shared
+
+    def set_length(self, length: int) -> None:
+        """The driver's content now has *length* bytes: tell every parent."""
+        if length == self.driver.length:
+            return
+        self.driver.length = length
+        for edge in self.parents:
+            edge.child_resized()
+
+    def emit(self, event: str, data: dict[str, Any]) -> None:
+        self.graph.emit(event, data)

@@ -1,0 +1,92 @@
+"""One node being opened: what a driver's ``open`` may ask of the graph.
+
+Inheritance of options from parent to inline child: QEMU bdrv_inherited_options (block.c).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from fusebd.block import filename
+from fusebd.block.node import Inherited, Node
+from fusebd.block.options import BlockdevOptions, BlockdevRef
+from fusebd.block.perms import Role
+from fusebd.errors import FusebdError, GraphError
+
+if TYPE_CHECKING:
+    from fusebd.block.child import Child
+    from fusebd.block.graph import Graph
+
+
+def resolve_inherited(options: BlockdevOptions, parent: Inherited | None, role: Role) -> Inherited:
+    """The inheritable options of a node: its own where given, else its parent's, else the defaults.
+
+    Raises GraphError where options that every node takes contradict each other.
+    """
+    base = parent or Inherited()
+    # a backing file is opened read-only unless it says otherwise itself
+    read_only, auto_read_only = (True, False) if role & Role.COW else (base.read_only, base.auto_read_only)
+    inherited = Inherited(
+        read_only=_given(options.read_only, read_only),
+        auto_read_only=_given(options.auto_read_only, auto_read_only),
+        force_share=_given(options.force_share, base.force_share),
+        cache_direct=_given(options.cache.direct, base.cache_direct),
+        cache_no_flush=_given(options.cache.no_flush, base.cache_no_flush),
+    )
+    if options.detect_zeroes == "unmap" and options.discard != "unmap":
+        raise GraphError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+    if inherited.force_share and not inherited.read_only:
+        raise GraphError("force-share=on can only be used with read-only images")
+    return inherited
+
+
+def _given(own: bool | UnsetType, otherwise: bool) -> bool:
+    return otherwise if own is UNSET else bool(own)
+
+
+class Opening:
+    """Handed to ``Driver.open``: opens children and settles whether the node can be written."""
+
+    def __init__(self, graph: Graph, node: Node) -> None:
+        self.graph = graph
+        self.node = node
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the node will not be written."""
+        return self.node.read_only
+
+    def fall_back_to_read_only(self, error: FusebdError) -> None:
+        """Make the node read-only if auto-read-only allows it; else raise *error*.  Nothing if it is already."""
+        if self.node.read_only:
+            return
+        if not self.node.inherited.auto_read_only:
+            raise error
+        self.node.read_only = True
+
+    async def child(self, name: str, ref: BlockdevRef, role: Role) -> Child:
+        """Open the child *name* that *ref* names or describes, and attach it.
+
+        Suspends while the child opens.  Raises GraphError (no such node, cycle), PermissionConflict,
+        and what the child's driver raises.
+        """
+        if ref.reference is not None:
+            below = self.graph.find_for_reference(ref.reference)
+        else:
+            assert ref.options is not None
+            below = await self.graph.open_node(ref.options, inherit=self.node.inherited, role=role)
+        return self.graph.attach(self.node, name, role, below)
+
+    async def child_by_filename(
+        self, name: str, file: str, role: Role, *, driver: str | None = None, base: str | None = None
+    ) -> Child:
+        """Open the child *name* from the file name *file* as images and command lines spell it.
+
+        *driver* is the image format to take it as; None has it probed.  A relative name is taken from
+        the directory of *base*.  Understands ``json:``, ``blkdebug:`` and the other legacy names.
+        """
+        options = await filename.options_for(filename.resolve_relative(file, base), driver, self.graph.probe)
+        below = await self.graph.open_node(options, inherit=self.node.inherited, role=role)
+        return self.graph.attach(self.node, name, role, below)
