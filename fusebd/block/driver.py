@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from fusebd.block.child import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, Buffers, Child, nbytes
 from fusebd.block.node import Node
-from fusebd.block.options import BlockdevOptions, Json, convert, references
+from fusebd.block.options import (
+    BlockdevOptions,
+    Json,
+    convert,
+    declared_options,
+    parse_keyval,
+    references,
+    type_keyval,
+)
 from fusebd.block.perms import Perm, Role, default_perms
+from fusebd.block.qjson import loads
 from fusebd.block.status import BlockStatus, Status
 from fusebd.errors import NotSupported, OptionError
 
@@ -50,6 +59,7 @@ __all__ = [
     "driver_names",
     "nbytes",
     "parse_blockdev",
+    "parse_blockdev_text",
     "prefix_driver",
     "register",
 ]
@@ -337,3 +347,40 @@ def parse_blockdev(value: Json, prefix: str = "") -> BlockdevOptions:
         if ref.raw is not None:
             ref.options = parse_blockdev(ref.raw, f"{prefix}{name}.")
     return options
+
+
+def parse_blockdev_text(text: str) -> dict[str, Json]:
+    """The JSON object for blockdev-add that *text* spells, as ``--blockdev`` takes it: JSON, or key=value.
+
+    The strings of key=value have the types that the drivers declare; otherwise nothing is validated.
+    Raises OptionError.
+    """
+    if text.startswith("{"):
+        value = loads(text)
+        assert isinstance(value, dict)
+        return value
+    if "help" in text.split(","):
+        raise OptionError("Help is not available for this option")
+    return type_blockdev(parse_keyval(text, implied_key="driver"))
+
+
+def type_blockdev(tree: dict[str, Json], prefix: str = "") -> dict[str, Json]:
+    """*tree* from ``parse_keyval`` with its strings, and those of nested devices, made the JSON types declared.
+
+    *prefix* is its place in the whole (``file.``), for messages.  Raises OptionError.
+    """
+    if not isinstance(tree.get("driver"), str):
+        return tree
+    options = declared_options(driver_class(tree["driver"]).options_class)
+    typed = type_keyval(tree, options, prefix)
+    for option in options:
+        value = typed.get(option.name)
+        name = f"{prefix}{option.name}."
+        if option.type_name.startswith("BlockdevRef") and isinstance(value, dict):
+            typed[option.name] = type_blockdev(value, name)
+        elif not option.members and isinstance(value, list):
+            typed[option.name] = [
+                type_blockdev(item, f"{name}{index}.") if isinstance(item, dict) else item
+                for index, item in enumerate(value)
+            ]
+    return typed
