@@ -15,13 +15,15 @@ import os
 class FusebdError(Exception):
     """Base of all; ``str()`` is one line that can be shown to the user as it is.
 
-    *errno* is what a file operation that fails for this reason answers.
+    *errno* is what a file operation that fails for this reason answers; *hint*, if any, is a second line for
+    people, which QMP does not carry.
     """
 
     errno: int = _errno.EINVAL
 
-    def __init__(self, message: str, *, errno: int | None = None) -> None:
+    def __init__(self, message: str, *, errno: int | None = None, hint: str = "") -> None:
         super().__init__(message)
+        self.hint = hint
         if errno is not None:
             self.errno = errno
 
@@ -114,3 +116,10 @@ class NotSupported(BlockIOError):
 
     def __init__(self, *, node_name: str = "", operation: str = "", reason: str = "") -> None:
         super().__init__(_errno.ENOTSUP, node_name=node_name, operation=operation, reason=reason)
+
+
+class FuseError(FusebdError):
+    """The answer to a FUSE request that fails: *errno*, for the kernel."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(os.strerror(errno), errno=errno)

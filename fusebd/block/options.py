@@ -26,7 +26,10 @@ T = TypeVar("T")
 
 
 class OptionStruct(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """Base of every declared group of options (subclasses repeat ``frozen=True`` for the type checker)."""
+    """Base of every declared group of options.
+
+    Subclasses repeat ``frozen=True, kw_only=True``, which are not inherited.
+    """
 
 
 class CacheOptions(OptionStruct, frozen=True):
