@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from fusebd.block.child import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK, Buffers, Child, nbytes
+from fusebd.block.naming import format_filename
 from fusebd.block.node import Node
 from fusebd.block.options import (
     BlockdevOptions,
@@ -96,6 +97,8 @@ class Driver:
     options_class: ClassVar[type[BlockdevOptions]]
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
+    #: options, by their QAPI names, that decide what the node contains: they are part of a ``json:`` name
+    strong_options: ClassVar[frozenset[str]] = frozenset()
     #: whether ``pwritev`` honours the FUA flag; otherwise the edge flushes after the write
     supports_fua: ClassVar[bool] = False
     #: file-name prefix that names this driver (``blkdebug:``), None if it has none
@@ -233,6 +236,10 @@ class Driver:
         """Members of QAPI ImageInfo that only this driver knows (cluster-size, format-specific, ...)."""
         return {}
 
+    def specific_stats(self) -> dict[str, Json]:
+        """QAPI BlockStatsSpecific without its ``driver``, where the driver counts something of its own."""
+        return {}
+
 
 class ProtocolDriver(Driver):
     """A driver with no child: it talks to the host."""
@@ -243,6 +250,10 @@ class FormatDriver(Driver):
 
     is_format = True
     probed_children = frozenset({"backing"})
+
+    @property
+    def filename(self) -> str:
+        return format_filename(self.node)
 
 
 class FilterDriver(Driver):

@@ -359,7 +359,8 @@ def _bucket(key: str) -> int:
 
 def ordered(value: dict[str, Json]) -> list[tuple[str, Json]]:
     """The members of *value* as QEMU would list them: by bucket, and within one the last entered first."""
-    return sorted(list(value.items())[::-1], key=lambda member: _bucket(member[0]))
+    latest_first = list(reversed(value.items()))
+    return sorted(latest_first, key=lambda member: _bucket(member[0]))
 
 
 _ESCAPED = re.compile(f"{_NUL}|[^ !#-\\[\\]-~]")

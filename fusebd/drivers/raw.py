@@ -44,11 +44,11 @@ class Raw(FormatDriver):
     """Every request goes to ``file``, moved by the offset.  Announces read_aio and write_aio to it."""
 
     supports_fua = True
+    strong_options = frozenset({"offset", "size"})
 
     def __init__(self, node: Node, file: Child, options: RawOptions) -> None:
         super().__init__(node)
         self.file = file
-        self._options = options
         self._offset = options.offset
         self._size = None if options.size is UNSET else int(options.size)
         self.length = self._length_over(file)
@@ -125,7 +125,3 @@ class Raw(FormatDriver):
 
     def _failed(self, operation: str, code: int, reason: str = "") -> FusebdError:
         return BlockIOError(code, node_name=self.node.name, operation=operation, reason=reason)
-
-    @property
-    def filename(self) -> str:
-        return "" if _window(self._options) else self.file.node.driver.filename

@@ -73,6 +73,7 @@ class File(ProtocolDriver):
 
     supports_fua = True
     protocol_prefix = "file"
+    strong_options = frozenset({"filename"})
 
     def __init__(self, node: Node, fd: int, options: FileOptions) -> None:
         super().__init__(node)
@@ -338,6 +339,14 @@ class File(ProtocolDriver):
 
     def format_info(self) -> dict[str, Json]:
         return {"format-specific": {"type": "file", "data": {}}}
+
+    def specific_stats(self) -> dict[str, Json]:
+        counters = self.node.counters
+        return {
+            "discard-nb-ok": counters.unmap_operations,
+            "discard-nb-failed": counters.failed_unmap_operations,
+            "discard-bytes-ok": counters.unmap_bytes,
+        }
 
 
 @register("host_device", FileOptions)

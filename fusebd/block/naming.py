@@ -1,0 +1,101 @@
+"""The file name that a node is reported under: one that would open the same thing again.
+
+It is a plain name (a path, ``blkdebug:config:image``) if there is one that says it all, else ``json:{...}`` made
+of the options that decide what the node contains.
+
+Rules: QEMU bdrv_refresh_filename, append_strong_runtime_options, bdrv_backing_overridden (block.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import UNSET
+
+from fusebd.block.qjson import dumps
+
+if TYPE_CHECKING:
+    from fusebd.block.node import Node
+
+Json = Any
+
+
+def node_filename(node: Node) -> str:
+    """The name of *node* for people and for images: plain, or ``json:{...}``."""
+    return node.driver.filename or "json:" + dumps(open_options(node))
+
+
+def open_options(node: Node) -> dict[str, Json]:
+    """Options that would make *node* again: those that decide its content, and its children's likewise."""
+    options: dict[str, Json] = {"driver": node.driver_name, **_given_options(node)}
+    overridden = backing_overridden(node)
+    lists: dict[str, list[Json]] = {}
+    for name, child in node.children.items():
+        if child is node.backing and not overridden:
+            continue
+        array, dot, index = name.partition(".")
+        if dot and index.isdecimal():
+            lists.setdefault(array, []).append(open_options(child.node))
+        else:
+            options[name] = open_options(child.node)
+    options.update(lists)
+    if overridden and node.backing is None:
+        options["backing"] = None
+    return options
+
+
+def has_strong_options(node: Node) -> bool:
+    """Whether *node* was given options, other than its children and a file name, that decide its content."""
+    return any(name != "filename" for name in _given_options(node))
+
+
+def _given_options(node: Node) -> dict[str, Json]:
+    """The strong options of *node* by their dotted names, as far as they were given."""
+    given: dict[str, Json] = {}
+    for name, value in _members(node.options):
+        if name in node.driver.strong_options:
+            _flatten(name, value, given)
+    return given
+
+
+def _members(options: msgspec.Struct) -> Iterator[tuple[str, Json]]:
+    for field in msgspec.structs.fields(options):
+        value = getattr(options, field.name)
+        if value is not UNSET and value != field.default:
+            yield field.encode_name, value
+
+
+def _flatten(name: str, value: Json, into: dict[str, Json]) -> None:
+    if isinstance(value, msgspec.Struct):
+        for key, item in _members(value):
+            _flatten(f"{name}.{key}", item, into)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _flatten(f"{name}.{index}", item, into)
+    else:
+        into[name] = value
+
+
+def backing_overridden(node: Node) -> bool:
+    """Whether *node* has another backing node than the one that its image names."""
+    named = node.driver.format_info().get("backing-filename", "")
+    if node.backing is None:
+        return bool(named)
+    if getattr(node.options, "backing", UNSET) is UNSET:
+        return False
+    return bool(named != node_filename(node.backing.node))
+
+
+def format_filename(node: Node) -> str:
+    """The plain name of a format node: its file's, if opening that as this format gives just this node; else ""."""
+    child = node.primary_child
+    if (
+        child is None
+        or child.node.driver.protocol_prefix is None
+        or has_strong_options(node)
+        or backing_overridden(node)
+    ):
+        return ""
+    return child.node.driver.filename
