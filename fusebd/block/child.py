@@ -536,6 +536,19 @@ class Root(Child):
             await super().truncate(length, exact=exact, prealloc=prealloc, zero=zero)
 
     @asynccontextmanager
+    async def entered(self) -> AsyncIterator[None]:
+        """Keeps the node from being drained while in this context: for what is no request by itself (block status)."""
+        if self._gate is not None:
+            await self.wait_undrained()
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if self._idle is not None:
+                self._check_idle()
+
+    @asynccontextmanager
     async def _request(self, operation: str) -> AsyncIterator[None]:
         if self._gate is not None:
             await self.wait_undrained()
