@@ -1,0 +1,108 @@
+"""From settings to running daemons: log, state file, and what becomes of them at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import os
+from collections.abc import Callable
+from functools import partial
+
+from fusebd import daemon
+from fusebd.errors import FusebdError
+from fusebd.runtime import Place, State
+from fusebd.settings import MountSettings
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def run_foreground(settings: MountSettings) -> None:
+    """Serve *settings* in this process until it is told to end; logs to standard error unless a file is given.
+
+    Raises FusebdError if it could not start, or did not end well.
+    """
+    file = settings.log_file
+    _start_logging(settings, logging.handlers.WatchedFileHandler(file) if file else logging.StreamHandler())
+    failure = _serve(settings, Place(settings.mountpoint), file, lambda: None)
+    if failure is not None:
+        raise FusebdError(f"{settings.mountpoint}: {failure}")
+
+
+def start_daemons(mounts: list[MountSettings]) -> list[str]:
+    """A daemon for each of *mounts*; returns when all of them serve.
+
+    The result says what went wrong, a line for each that failed; if there is one, none of them runs any more.
+    """
+    daemons: list[daemon.Daemon] = []
+    try:
+        for settings in mounts:
+            place = Place(settings.mountpoint)
+            log_path = settings.log_file or place.log
+            daemons.append(daemon.start(partial(_serve_as_daemon, settings, place, log_path), log_path))
+        failures = [started.wait_ready() for started in daemons]
+    except BaseException:
+        for started in daemons:
+            started.stop()
+        raise
+    if any(failures):
+        for started in daemons:
+            started.stop()
+    return [failure for failure in failures if failure]
+
+
+def _serve_as_daemon(settings: MountSettings, place: Place, log_path: str, ready: Callable[[], None]) -> int:
+    noticed = _start_logging(settings, logging.handlers.WatchedFileHandler(log_path))
+    failure = _serve(settings, place, log_path, ready)
+    logging.shutdown()
+    if failure is None and not noticed.anything and log_path == place.log:
+        # Nobody asked for this file, and there is nothing in it that somebody would look for.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(log_path)
+    return 0 if failure is None else 1
+
+
+class _Noticing(logging.Handler):
+    """Remembers whether there was a warning or worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.anything = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.anything = True
+
+
+def _start_logging(settings: MountSettings, handler: logging.Handler) -> _Noticing:
+    noticing = _Noticing()
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format=_FORMAT, handlers=[handler, noticing])
+    logging.captureWarnings(True)
+    return noticing
+
+
+def _serve(settings: MountSettings, place: Place, log_path: str | None, ready: Callable[[], None]) -> str | None:
+    """Serve until the end; what went wrong at the end.  Raises FusebdError if it could not start."""
+    # Only now, after the fork: these are most of what there is to import.
+    import trio
+
+    from fusebd.serve import serve
+
+    os.chdir(settings.directory)
+    file = place.claim()
+    state = State(settings.mountpoint, os.getpid(), place.socket, log_path, settings.qmp)
+    file.write(state)
+    try:
+        failure = trio.run(serve, settings, place.socket, ready)
+    except BaseException:
+        place.clear()
+        raise
+    state.end = failure
+    file.write(state)
+    if failure is None:
+        place.clear()
+    else:
+        log.error("%s: %s", settings.mountpoint, failure)
+    return failure

@@ -1,0 +1,74 @@
+"""What one daemon is to do, as the command line and the mount points file both say it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusebd.errors import UsageError
+
+TRANSPORTS = ("auto", "devfuse", "pyfuse3")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Blockdev:
+    """A node to add at the start: where it was asked for, and its options."""
+
+    def parse(self) -> Any:
+        """The options as blockdev-add's JSON object.  Raises OptionError."""
+        raise NotImplementedError
+
+    def where(self, message: str) -> str:
+        """The place that an error with *message* is put down to."""
+        raise NotImplementedError
+
+
+class TextBlockdev(Blockdev):
+    """``--blockdev OPTS``: JSON, or ``key=value,...``."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def parse(self) -> Any:
+        from fusebd.block.driver import parse_blockdev_text
+
+        return parse_blockdev_text(self._text)
+
+    def where(self, message: str) -> str:
+        return f"--blockdev {self._text}"
+
+
+@dataclass
+class MountSettings:
+    """One mount point and everything about it.
+
+    ``mountpoint`` is absolute with symbolic links resolved; ``qmp`` has addresses whose paths are absolute;
+    relative file names of nodes are taken from ``directory``.
+    """
+
+    mountpoint: str
+    blockdevs: list[Blockdev] = field(default_factory=list)
+    qmp: list[str] = field(default_factory=list)
+    foreground: bool = False
+    transport: str = "auto"
+    read_only: bool = False
+    allow_other: bool = False
+    log_level: str = "info"
+    log_file: str | None = None
+    directory: str = "."
+
+
+def qmp_address(text: str, directory: str, *, stdio: bool = False) -> str:
+    """*text* checked, and with its path made absolute: ``unix:PATH``, ``HOST:PORT``, or ``stdio`` if allowed.
+
+    Raises UsageError.
+    """
+    if text == "stdio" and stdio:
+        return text
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return "unix:" + os.path.join(directory, text.removeprefix("unix:"))
+    if re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:/\s]+):\d{1,5}", text) and int(text.rpartition(":")[2]) < 65536:
+        return text
+    raise UsageError(f"Invalid QMP address '{text}', expected: unix:PATH or HOST:PORT")
