@@ -42,7 +42,7 @@ class Graph:
 
     ``nodes`` has every node by name, those being opened and anonymous ones too.  Listeners in
     ``event_listeners`` get (event name, data) of every event; those in ``node_listeners`` are called when named
-    nodes have come or gone.
+    nodes have come or gone.  ``close_failures`` says which nodes could not be flushed or closed when they ended.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,7 @@ class Graph:
         self.lock = trio.Lock()
         self.event_listeners: list[EventListener] = []
         self.node_listeners: list[Callable[[], None]] = []
+        self.close_failures: list[str] = []
         self._anonymous = 0
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
@@ -165,11 +166,11 @@ class Graph:
                 try:
                     await node.driver.flush()
                 except BlockIOError as error:
-                    log.error("%s: flush at close failed: %s", node.name, error)
+                    self._close_failed(f"{node.name}: flush at close failed: {error}")
             try:
                 await node.driver.close()
             except BlockIOError as error:
-                log.error("%s: close failed: %s", node.name, error)
+                self._close_failed(f"{node.name}: close failed: {error}")
         node.is_open = False
         self.nodes.pop(node.name, None)
         children = [edge.node for edge in node.children.values()]
@@ -181,8 +182,12 @@ class Graph:
                 self._loosen_perms(child)
             await self._release(child)
 
+    def _close_failed(self, message: str) -> None:
+        log.error("%s", message)
+        self.close_failures.append(message)
+
     async def close(self) -> None:
-        """Close every node, parents before children; failures to flush are logged, not raised."""
+        """Close every node, parents before children; failures are logged and kept, not raised."""
         async with self.lock:
             for root in list(self.roots):
                 await self._detach_root(root)
@@ -217,7 +222,8 @@ class Graph:
         Raises GraphError for a cycle, PermissionConflict, ReadOnlyError; *below* is then not attached, and
         is closed with *parent* if it was opened for it.
         """
-        if below is parent or parent in self._subtree(below):
+        # a node that is found while it is still opening is one that this opening began with
+        if not below.is_open or parent in self._subtree(below):
             raise GraphError(f"Making '{below.name}' a {name} child of '{parent.name}' would create a cycle")
         edge = Child(parent, name, role, below)
         parent.children[name] = edge
