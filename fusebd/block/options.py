@@ -20,7 +20,7 @@ from fusebd.errors import OptionError
 
 Json = Any
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Size = Annotated[int, Meta(ge=0, le=2**64 - 1)]
+Size = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 T = TypeVar("T")
 
@@ -92,8 +92,10 @@ _COMPLAINTS = (
     (re.compile(r"Object missing required field `(?P<f>[^`]*)`"), "Parameter '{p}' is missing"),
     (re.compile(r"Object contains unknown field `(?P<f>[^`]*)`"), "Parameter '{p}' is unexpected"),
     (re.compile(r"Invalid enum value '?(?P<v>.*?)'?$"), "Parameter '{n}' does not accept value '{v}'"),
-    (re.compile(r"Expected `int` (>=|<=) (?P<v>-?\d+)"), "Parameter '{p}' expects {range}"),
-    (re.compile(r"Integer value out of range"), "Parameter '{p}' expects {range}"),
+    (
+        re.compile(r"Expected `int` [<>]=|Integer value out of range"),
+        "Invalid parameter type for '{p}', expected: integer",
+    ),
     (re.compile(r"expected (?P<t>BlockdevRef)"), "Invalid parameter type for '{p}', expected: {ref}"),
     (re.compile(r"Expected `(?P<t>[^`]*)`, got"), "Invalid parameter type for '{p}', expected: {t}"),
 )
@@ -121,7 +123,6 @@ def _complaint(error: msgspec.ValidationError, struct: type[msgspec.Struct], pre
                 v=parts.get("v"),
                 t=_TYPE_NAMES.get(expected.split(" | ")[0], expected.split(" | ")[0]),
                 ref=_ref_name(struct, path),
-                range="uint64" if parts.get("v") in ("0", str(2**64 - 1)) else "int64",
             )
         )
     return OptionError(f"{prefix}{path}: {text}" if prefix or path else text)

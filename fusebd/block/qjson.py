@@ -79,7 +79,8 @@ Token = tuple[str, bytes]
 class _Lexer:
     """Bytes to tokens.  It keeps an incomplete token until the next piece; a byte is looked at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
         self.state = _START
         self.token = bytearray()
 
@@ -96,7 +97,7 @@ class _Lexer:
             run = swallow.match(data, at).end()  # type: ignore[union-attr]
             if self.state != _START:
                 self.token += data[at:run]
-                if len(self.token) > MAX_TOKEN_SIZE:
+                if len(self.token) > self.max_size:
                     yield self._finish(_STRING)
             if (at := run) == end:
                 return
@@ -277,11 +278,13 @@ class Reader:
     """A stream of JSON values in pieces of any size.
 
     What it returns is a value, or an OptionError where the input was malformed; it goes on behind that.
-    A byte 0xFF brings it to a known state, at the price of one error.
+    A byte 0xFF brings it to a known state, at the price of one error.  A value may have *max_size* bytes (of tokens)
+    and *max_tokens* tokens.
     """
 
-    def __init__(self) -> None:
-        self._lexer = _Lexer()
+    def __init__(self, *, max_size: int = MAX_TOKEN_SIZE, max_tokens: int = MAX_TOKEN_COUNT) -> None:
+        self._max_size, self._max_tokens = max_size, max_tokens
+        self._lexer = _Lexer(max_size)
         self._reset()
 
     def _reset(self) -> None:
@@ -311,8 +314,8 @@ class Reader:
         self._brackets += (kind == "[") - (kind == "]")
         size = len(text) or 1
         for exceeded, what in (
-            (self._size + size + 1 > MAX_TOKEN_SIZE, "token size"),
-            (len(self._tokens) + 1 > MAX_TOKEN_COUNT, "token count"),
+            (self._size + size + 1 > self._max_size, "token size"),
+            (len(self._tokens) + 1 > self._max_tokens, "token count"),
             (self._braces + self._brackets > MAX_NESTING, "nesting depth"),
         ):
             if exceeded:

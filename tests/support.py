@@ -1,0 +1,110 @@
+"""What tests need and fusebd does not: drivers over memory, and short ways to say common things."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from fusebd.block.child import Root, fill_zeroes
+from fusebd.block.driver import Buffers, Node, Preallocation, ProtocolDriver, nbytes, register
+from fusebd.block.graph import Graph
+from fusebd.block.opening import Opening
+from fusebd.block.options import BlockdevOptions, Size
+from fusebd.block.perms import Perm
+from fusebd.errors import NotSupported
+
+READ_WRITE = Perm.CONSISTENT_READ | Perm.WRITE
+
+
+class MemoryOptions(BlockdevOptions, frozen=True, kw_only=True):
+    size: Annotated[Size, Meta(description="length in bytes")] = 1 << 20
+    align: Size = 1
+    max_transfer: Size = 0
+    zero_align: Size = 0
+    discard_align: Size = 0
+
+
+@register("test-memory", MemoryOptions)
+class Memory(ProtocolDriver):
+    """A bytearray.  ``log`` has every request that arrived: (operation, offset, length)."""
+
+    def __init__(self, node: Node, options: MemoryOptions) -> None:
+        super().__init__(node)
+        self.data = bytearray(options.size)
+        self.length = options.size
+        self.limits.request_alignment = options.align
+        self.limits.max_transfer = options.max_transfer
+        self.limits.pwrite_zeroes_alignment = options.zero_align
+        self.limits.pdiscard_alignment = options.discard_align
+        self.zeroes_supported = True
+        self.log: list[tuple[str, int, int]] = []
+
+    @classmethod
+    async def open(cls, opening: Opening, options: MemoryOptions) -> Memory:
+        return cls(opening.node, options)
+
+    def _check(self, operation: str, offset: int, length: int) -> None:
+        self.log.append((operation, offset, length))
+        assert not (offset | length) % self.limits.request_alignment
+        assert not self.limits.max_transfer or length <= self.limits.max_transfer
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        self._check("read", offset, nbytes(bufs))
+        for buf in bufs:
+            found = self.data[offset : offset + len(buf)]
+            fill_zeroes((buf,))
+            buf[: len(found)] = found
+            offset += len(buf)
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        self._check("write", offset, nbytes(bufs))
+        for buf in bufs:
+            if len(self.data) < offset + len(buf):
+                self.data.extend(bytes(offset + len(buf) - len(self.data)))
+            self.data[offset : offset + len(buf)] = buf
+            offset += len(buf)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        if not self.zeroes_supported or (offset | length) % (self.limits.pwrite_zeroes_alignment or 1):
+            raise NotSupported(node_name=self.node.name, operation="write zeroes")
+        self.log.append(("zero", offset, length))
+        self.data[offset : offset + length] = bytes(length)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        self.log.append(("discard", offset, length))
+        self.data[offset : offset + length] = bytes(length)
+
+    async def flush_to_disk(self) -> None:
+        self.log.append(("flush", 0, 0))
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        del self.data[length:]
+        self.data.extend(bytes(length - len(self.data)))
+        self.node.set_length(length)
+
+
+async def read(root: Root, offset: int, length: int) -> bytes:
+    """*length* bytes of what *root* leads to."""
+    data = bytearray(length)
+    await root.preadv(offset, (memoryview(data),))
+    return bytes(data)
+
+
+async def write(root: Root, offset: int, data: bytes) -> None:
+    """Write *data* to what *root* leads to."""
+    await root.pwritev(offset, (memoryview(data),))
+
+
+def root_of(graph: Graph, name: str, perm: Perm = READ_WRITE) -> Root:
+    """A way in to the node *name*."""
+    return graph.attach_root(graph.find(name), "a test", perm)
+
+
+def memory_of(graph: Graph, name: str) -> Memory:
+    """The driver of the test-memory node *name*."""
+    driver = graph.find(name).driver
+    assert isinstance(driver, Memory)
+    return driver
