@@ -1,0 +1,4 @@
+from fusebd.drivers.blkdebug.driver import Blkdebug, BlkdebugOptions
+from fusebd.drivers.blkdebug.rules import EVENTS, IO_TYPES, InjectErrorOptions, SetStateOptions
+
+__all__ = ["EVENTS", "IO_TYPES", "Blkdebug", "BlkdebugOptions", "InjectErrorOptions", "SetStateOptions"]
