@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from fusebd import __version__
 from fusebd.errors import FusebdError, UsageError
-from fusebd.settings import LOG_LEVELS, TRANSPORTS, MountSettings, TextBlockdev, qmp_address
+from fusebd.settings import LogLevel, MountSettings, TextBlockdev, TransportName, qmp_address
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,10 +41,10 @@ def _mount_parser() -> _Parser:
     add("--config", metavar="FILE", help="take mount points and nodes from FILE (see mountpoints.example)")
     add("--qmp", metavar="ADDRESS", action="append", default=[], help="QMP on unix:PATH or HOST:PORT too")
     add("--foreground", action="store_true", help="stay, and log to standard error; --qmp stdio is possible then")
-    add("--transport", choices=TRANSPORTS, help="how requests come from the kernel (default: auto)")
+    add("--transport", choices=get_args(TransportName), help="how requests come from the kernel (default: auto)")
     add("--read-only", action="store_true", help="mount read-only")
     add("--allow-other", action="store_true", help="let other users in, too")
-    add("--log-level", choices=LOG_LEVELS, help="what is logged (default: info)")
+    add("--log-level", choices=get_args(LogLevel), help="what is logged (default: info)")
     add("--log-file", metavar="FILE", help="log to FILE")
     return parser
 
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except FusebdError as error:
-        _complain(str(error))
+        _complain(error.with_hint_in_line())
         return 1
     except KeyboardInterrupt:
         return 130

@@ -10,11 +10,10 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
-from typing import Literal
 
 from fusebd.block.options import Json, OptionStruct, convert
 from fusebd.errors import OpenError, OptionError, UsageError
-from fusebd.settings import Blockdev, MountSettings, qmp_address
+from fusebd.settings import Blockdev, LogLevel, MountSettings, TransportName, qmp_address
 
 
 class MountTable(OptionStruct, frozen=True):
@@ -23,10 +22,10 @@ class MountTable(OptionStruct, frozen=True):
     point: str
     blockdev: list[dict[str, Json]] = []  # noqa: RUF012  (msgspec copies it)
     qmp: list[str] = []  # noqa: RUF012
-    transport: Literal["auto", "devfuse", "pyfuse3"] = "auto"
+    transport: TransportName = "auto"
     read_only: bool = False
     allow_other: bool = False
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
     log_file: str | None = None
 
 

@@ -100,7 +100,7 @@ def _run(run: Callable[[Ready], int], pipe: int) -> int:
     try:
         return run(lambda: report(_READY))
     except FusebdError as error:
-        report(str(error).encode(errors="replace")[:_REPORT_LENGTH])
+        report(error.with_hint_in_line().encode(errors="replace")[:_REPORT_LENGTH])
         return 1
     except BaseException as error:
         import traceback

@@ -34,6 +34,10 @@ class FusebdError(Exception):
         other.args = (f"{context}: {self}",)
         return other
 
+    def with_hint_in_line(self) -> str:
+        """Text and hint in one line, as the command line shows them."""
+        return f"{self} ({self.hint})" if self.hint else str(self)
+
 
 class OptionError(FusebdError):
     """An option is missing, unknown, or has a value that its declaration does not allow."""
@@ -90,7 +94,8 @@ class UsageError(FusebdError):
 class BlockIOError(FusebdError):
     """A request on a node failed with *errno*; nothing is wrong with the request itself.
 
-    *node_name* and *operation* say where it came up first, *offset* is in bytes there.
+    *node_name* and *operation* say where it came up first, *offset* is in bytes there; *reason* is the text without
+    all that.
     """
 
     errno = _errno.EIO
@@ -109,6 +114,7 @@ class BlockIOError(FusebdError):
             where += f" at offset {offset}"
         super().__init__(f"{where}: {reason or os.strerror(errno)}", errno=errno)
         self.node_name, self.operation, self.offset = node_name, operation, offset
+        self.reason = reason or os.strerror(errno)
 
 
 class NotSupported(BlockIOError):

@@ -92,10 +92,16 @@ def _serve(settings: MountSettings, place: Place, log_path: str | None, ready: C
 
     os.chdir(settings.directory)
     file = place.claim()
-    state = State(settings.mountpoint, os.getpid(), place.socket, log_path, settings.qmp)
+    state = State(settings.mountpoint, os.getpid(), log_path)
     file.write(state)
+
+    def serving(addresses: list[str]) -> None:
+        state.qmp = addresses
+        file.write(state)
+        ready()
+
     try:
-        failure = trio.run(serve, settings, place.socket, ready)
+        failure = trio.run(serve, settings, place.socket, serving)
     except BaseException:
         place.clear()
         raise

@@ -54,7 +54,6 @@ class State:
 
     mountpoint: str
     pid: int
-    socket: str
     log: str | None
     qmp: list[str] = field(default_factory=list)
     end: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -15,38 +16,47 @@ from functools import partial
 
 import trio
 
+from fusebd import __version__
 from fusebd.block.driver import parse_blockdev
 from fusebd.block.graph import Graph
-from fusebd.errors import FusebdError
+from fusebd.errors import FusebdError, UsageError
 from fusebd.eventlog import EventLog
 from fusebd.fuse.mount import run_mount
+from fusebd.fuse.mountpoint import check
 from fusebd.qmp.server import QmpServer
 from fusebd.settings import MountSettings
 
 log = logging.getLogger(__name__)
+
+#: called once, with the addresses where QMP clients are served
+Ready = Callable[[list[str]], None]
 
 #: why a daemon ends, in the words of QAPI's ShutdownCause
 QUIT, SIGNAL, UNMOUNTED = "host-qmp-quit", "host-signal", "host-ui"
 
 
 class _Stop:
-    """The wish to end, and its first cause."""
+    """The wish to end, and its first cause.  A start that is under way is given up."""
 
     def __init__(self) -> None:
         self.event = trio.Event()
+        self.starting = trio.CancelScope()
         self.reason = UNMOUNTED
 
     def __call__(self, reason: str) -> None:
         if not self.event.is_set():
             self.reason = reason
             self.event.set()
+            self.starting.cancel()
 
 
-async def serve(settings: MountSettings, socket: str, ready: Callable[[], None]) -> str | None:
+async def serve(settings: MountSettings, socket: str, ready: Ready) -> str | None:
     """Serve *settings* until told to end; QMP is on *socket* too.  What went wrong at the end, None if nothing.
 
-    Calls *ready* when requests are served.  Raises FusebdError if it does not get that far; nothing is mounted then.
+    Calls *ready* with the QMP addresses when requests are served.  Raises FusebdError if it does not get that far;
+    nothing is mounted then.
     """
+    check(settings.mountpoint)
     _raise_descriptor_limit()
     graph = Graph()
     try:
@@ -58,31 +68,43 @@ async def serve(settings: MountSettings, socket: str, ready: Callable[[], None])
     return "; ".join(graph.close_failures) or None
 
 
-async def _serve(settings: MountSettings, socket: str, ready: Callable[[], None], graph: Graph) -> None:
+async def _serve(settings: MountSettings, socket: str, ready: Ready, graph: Graph) -> None:
     stop = _Stop()
+    EventLog(graph)
+    qmp = QmpServer(graph, quit=partial(stop, QUIT))
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop, settings.foreground)
-        EventLog(graph)
-        await _add_nodes(graph, settings)
-        qmp = QmpServer(graph, quit=partial(stop, QUIT))
-        for address in [f"unix:{socket}", *settings.qmp]:
-            if address == "stdio":
-                nursery.start_soon(qmp.serve_stdio)
-            else:
-                await nursery.start(qmp.listen, address)
         async with trio.open_nursery() as mounting:
-            await mounting.start(partial(_mount, graph, settings, stop))
+            with stop.starting:
+                await _add_nodes(graph, settings)
+                addresses = [await nursery.start(qmp.listen, f"unix:{socket}")]
+                for address in settings.qmp:
+                    if address == "stdio":
+                        nursery.start_soon(qmp.serve_stdio)
+                    else:
+                        addresses.append(await nursery.start(qmp.listen, address))
+                info = {"qmp": addresses[0], "pid": str(os.getpid()), "version": __version__}
+                await mounting.start(partial(_mount, graph, settings, info, stop))
+            if stop.starting.cancelled_caught:
+                raise UsageError("ended by a signal before it served")
             log.info("%s: mounted", settings.mountpoint)
-            ready()
+            ready(addresses)
             await stop.event.wait()
             log.info("%s: ending (%s)", settings.mountpoint, stop.reason)
-            qmp.announce_shutdown(stop.reason)
+            await qmp.announce_shutdown(stop.reason)
             mounting.cancel_scope.cancel()
         log.info("%s: unmounted", settings.mountpoint)
         nursery.cancel_scope.cancel()
 
 
-async def _mount(graph: Graph, settings: MountSettings, stop: _Stop, *, task_status: trio.TaskStatus[None]) -> None:
+async def _mount(
+    graph: Graph,
+    settings: MountSettings,
+    info: dict[str, str],
+    stop: _Stop,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
     """Serve the mount; where it ends by itself (it was unmounted from outside), the daemon ends."""
     await run_mount(
         graph,
@@ -90,6 +112,7 @@ async def _mount(graph: Graph, settings: MountSettings, stop: _Stop, *, task_sta
         transport=settings.transport,
         read_only=settings.read_only,
         allow_other=settings.allow_other,
+        info=info,
         task_status=task_status,
     )
     stop(UNMOUNTED)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fusebd.errors import UsageError
 
-TRANSPORTS = ("auto", "devfuse", "pyfuse3")
-LOG_LEVELS = ("debug", "info", "warning", "error")
+TransportName = Literal["auto", "devfuse", "pyfuse3"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Blockdev:
@@ -52,10 +52,10 @@ class MountSettings:
     blockdevs: list[Blockdev] = field(default_factory=list)
     qmp: list[str] = field(default_factory=list)
     foreground: bool = False
-    transport: str = "auto"
+    transport: TransportName = "auto"
     read_only: bool = False
     allow_other: bool = False
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     log_file: str | None = None
     directory: str = "."
 
