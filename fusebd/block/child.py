@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from fusebd.block.perms import Perm, Role
-from fusebd.errors import BlockIOError, NotSupported
+from fusebd.errors import BlockIOError, NotSupported, ReadOnlyError
 
 if TYPE_CHECKING:
     from fusebd.block.driver import Preallocation
@@ -424,6 +424,8 @@ class Child:
         Where a longer backing node would show in new bytes of an overlay, they are zeroed.
         """
         node = self.node
+        if node.read_only:
+            raise ReadOnlyError("Image is read-only")
         backing = node.backing
         if backing is not None and backing.driver.length > self.driver.length:
             zero = True

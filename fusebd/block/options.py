@@ -119,7 +119,7 @@ def _complaint(error: msgspec.ValidationError, struct: type[msgspec.Struct], pre
         return OptionError(
             template.format(
                 p=prefix + path,
-                n=path.rpartition(".")[2],
+                n="null" if path.endswith("]") else path.rpartition(".")[2],  # QEMU: an array's item has no name
                 v=parts.get("v"),
                 t=_TYPE_NAMES.get(expected.split(" | ")[0], expected.split(" | ")[0]),
                 ref=_ref_name(struct, path),

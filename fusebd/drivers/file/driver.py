@@ -338,7 +338,7 @@ class File(ProtocolDriver):
         return os.fstat(self._fd).st_blocks * 512
 
     def format_info(self) -> dict[str, Json]:
-        return {"format-specific": {"type": "file", "data": {}}}
+        return {"dirty-flag": False, "format-specific": {"type": "file", "data": {}}}
 
     def specific_stats(self) -> dict[str, Json]:
         counters = self.node.counters

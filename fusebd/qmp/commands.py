@@ -1,0 +1,105 @@
+"""The commands of every fusebd: the protocol's own, and those that change or show the graph of block nodes.
+
+Arguments and results: QEMU's qapi/block-core.json, qapi/control.json, qapi/misc.json; texts: blockdev.c.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import UNSET, UnsetType
+
+from fusebd.block.options import Int, Json, OptionStruct
+from fusebd.errors import BlockIOError, CommandError, GraphError
+from fusebd.qmp import queries
+from fusebd.qmp.monitor import version_info
+from fusebd.qmp.table import CommandTable, Context, NoArguments
+
+COMMANDS = CommandTable()
+command = COMMANDS.command
+
+
+class Capabilities(OptionStruct, frozen=True, kw_only=True):
+    enable: tuple[Literal["oob"], ...] = ()
+
+
+@command("qmp_capabilities", Capabilities)
+async def qmp_capabilities(context: Context, arguments: Capabilities) -> None:
+    context.monitor.negotiate(list(arguments.enable))
+
+
+@command("query-version")
+async def query_version(context: Context, arguments: NoArguments) -> Json:
+    return version_info()
+
+
+@command("query-commands")
+async def query_commands(context: Context, arguments: NoArguments) -> Json:
+    return [{"name": found.name} for found in context.table]
+
+
+@command("quit")
+async def quit_daemon(context: Context, arguments: NoArguments) -> None:
+    context.quit()
+
+
+@command("blockdev-add", None)
+async def blockdev_add(context: Context, arguments: dict[str, Json]) -> None:
+    await context.graph.blockdev_add(arguments)
+
+
+class NodeName(OptionStruct, frozen=True, kw_only=True):
+    node_name: str
+
+
+@command("blockdev-del", NodeName)
+async def blockdev_del(context: Context, arguments: NodeName) -> None:
+    await context.graph.blockdev_del(arguments.node_name)
+
+
+class BlockResize(OptionStruct, frozen=True, kw_only=True):
+    device: str | UnsetType = UNSET
+    node_name: str | UnsetType = UNSET
+    size: Int
+
+
+@command("block_resize", BlockResize)
+async def block_resize(context: Context, arguments: BlockResize) -> None:
+    device = "" if arguments.device is UNSET else arguments.device
+    name = "" if arguments.node_name is UNSET else arguments.node_name
+    # No node is a device here, so a device name alone finds nothing.
+    node = context.graph.nodes.get(name)
+    if node is None or not node.is_open:
+        raise GraphError(f"Cannot find device='{device}' nor node-name='{name}'")
+    try:
+        await context.graph.block_resize(name, arguments.size)
+    except BlockIOError as error:
+        raise CommandError(error.reason) from error
+
+
+class QueryNamedBlockNodes(OptionStruct, frozen=True, kw_only=True):
+    flat: bool = False
+
+
+@command("query-named-block-nodes", QueryNamedBlockNodes)
+async def query_named_block_nodes(context: Context, arguments: QueryNamedBlockNodes) -> Json:
+    return queries.named_block_nodes(context.graph, flat=arguments.flat)
+
+
+@command("query-block")
+async def query_block(context: Context, arguments: NoArguments) -> Json:
+    return queries.block(context.graph)
+
+
+class QueryBlockstats(OptionStruct, frozen=True, kw_only=True):
+    query_nodes: bool = False
+
+
+@command("query-blockstats", QueryBlockstats)
+async def query_blockstats(context: Context, arguments: QueryBlockstats) -> Json:
+    return queries.blockstats(context.graph, query_nodes=arguments.query_nodes)
+
+
+@command("x-debug-query-block-graph")
+async def x_debug_query_block_graph(context: Context, arguments: NoArguments) -> Json:
+    return queries.block_graph(context.graph)
