@@ -57,7 +57,8 @@ def _given_options(node: Node) -> dict[str, Json]:
     for name, value in _members(node.options):
         if name in node.driver.strong_options:
             _flatten(name, value, given)
-    return given
+    # QEMU copies them out of one hash table into another, which turns the order of those in one bucket around.
+    return dict(reversed(given.items()))
 
 
 def _members(options: msgspec.Struct) -> Iterator[tuple[str, Json]]:

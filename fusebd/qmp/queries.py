@@ -54,32 +54,25 @@ _PERMISSIONS = (
 def _open_nodes(graph: Graph) -> list[Node]:
     """All nodes in the order in which QEMU would have named them.
 
-    A node enters the list before its inline children, but its ``file`` child is opened ahead of it, except where the
-    node itself stands in the place of a protocol.
+    A node enters the list before its inline children, but the ``file`` child of one that is no protocol ahead of it.
     """
     order: dict[Node, None] = {}
 
-    def enter(node: Node, protocol: bool) -> None:
+    def enter(node: Node) -> None:
         if node in order:
             return
-        first = None if protocol else node.children.get("file")
+        first = node.children.get("file") if node.driver.protocol_prefix is None else None
         if first is not None and not first.node.monitor_owned:
-            enter(first.node, _in_protocol_place(node, first, protocol))
+            enter(first.node)
         order[node] = None
         for child in node.children.values():
             if not child.node.monitor_owned:
-                enter(child.node, _in_protocol_place(node, child, protocol))
+                enter(child.node)
 
     for node in graph.nodes.values():
         if node.is_open:
-            enter(node, protocol=False)
+            enter(node)
     return list(order)
-
-
-def _in_protocol_place(parent: Node, child: Child, protocol: bool) -> bool:
-    if (parent.driver.is_format and not child.role & Role.COW) or child.role & Role.METADATA:
-        return True
-    return protocol and not (child.role & Role.DATA and not child.role & Role.FILTERED)
 
 
 def _devices(graph: Graph) -> list[Node]:
@@ -147,7 +140,7 @@ def image_info(node: Node, *, flat: bool) -> dict[str, Json]:
         **_inherited_info(node),
         **driver.format_info(),
     }
-    allocated = driver.allocated_bytes()
+    allocated = driver.allocated_bytes() if _has_actual_size(node) else None
     if allocated is not None:
         info["actual-size"] = allocated
     backing_name = info.get("backing-filename")
@@ -158,6 +151,12 @@ def image_info(node: Node, *, flat: bool) -> dict[str, Json]:
     if below is not None and not flat:
         info["backing-image"] = image_info(below.node, flat=False)
     return info
+
+
+def _has_actual_size(node: Node) -> bool:
+    """Whether QEMU would tell how much the node takes on the host: it never does for a filter with a prefix."""
+    below = [child.node for child in node.children.values() if child is not node.backing]
+    return not (below and node.driver.protocol_prefix) and all(map(_has_actual_size, below))
 
 
 def _inherited_info(node: Node) -> dict[str, Json]:
