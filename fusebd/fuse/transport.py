@@ -9,7 +9,6 @@ What an answer means to the kernel: include/uapi/linux/fuse.h.
 
 from __future__ import annotations
 
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
+from fusebd.block.buffers import BufferPool
 from fusebd.errors import FuseError
 
 __all__ = [
@@ -169,8 +169,8 @@ class FileSystem(ABC):
         """Copy up to *length* bytes between two open files; return how many were."""
 
     @abstractmethod
-    async def opendir(self, ino: int) -> int:
-        """Open the directory *ino*; returns the handle for ``readdir``.  There is nothing to release."""
+    async def opendir(self, ino: int) -> None:
+        """The directory *ino* is going to be listed: ENOTDIR if it is none.  There is no handle, nothing to release."""
 
     @abstractmethod
     async def readdir(self, ino: int, offset: int) -> Iterable[DirEntry]:
@@ -223,31 +223,3 @@ class Transport(Protocol):
 
     def notify_delete(self, parent: int, ino: int, name: bytes) -> None:
         """Tell the kernel, and through it inotify watchers, that *name* is gone."""
-
-
-class BufferPool:
-    """Page-aligned buffers for the data of requests, used again and again.
-
-    A fresh megabyte costs more in page faults than the read that fills it, and a file opened with O_DIRECT
-    wants aligned memory.  Not more than *keep* bytes stay allocated while unused.
-    """
-
-    def __init__(self, keep: int = 16 * MAX_REQUEST) -> None:
-        self._free: dict[int, list[memoryview]] = {}
-        self._left = keep
-
-    def take(self, size: int) -> memoryview:
-        """A buffer of at least *size* bytes, with whatever is in it; hand it to ``give_back`` whole."""
-        bits = (max(size, mmap.PAGESIZE) - 1).bit_length()
-        free = self._free.get(bits)
-        if free:
-            self._left += 1 << bits
-            return free.pop()
-        return memoryview(mmap.mmap(-1, 1 << bits))
-
-    def give_back(self, buf: memoryview) -> None:
-        """*buf*, from ``take``, is not in use any more."""
-        size = len(buf)
-        if size <= self._left:
-            self._left -= size
-            self._free.setdefault((size - 1).bit_length(), []).append(buf)

@@ -33,9 +33,11 @@ def file(path: Path | str, **more: Any) -> dict[str, Any]:
     return {"driver": "file", "node-name": "f", "filename": str(path), **more}
 
 
-@pytest.mark.parametrize("direct", [False, True])
-async def test_what_is_written_is_in_the_file(graph: Graph, image: Path, direct: bool) -> None:
-    await graph.blockdev_add(file(image, cache={"direct": direct}))
+@pytest.mark.parametrize(
+    "options", [{}, {"cache": {"direct": True}}, {"cache": {"direct": True}, "aio": "threads"}], ids=str
+)
+async def test_what_is_written_is_in_the_file(graph: Graph, image: Path, options: dict[str, Any]) -> None:
+    await graph.blockdev_add(file(image, **options))
     root = root_of(graph, "f")
     model = bytearray(image.read_bytes())
     for offset, length in ((0, 512), (100, 9000), (MIB - 700, 700), (4096, 300000)):
@@ -68,6 +70,33 @@ async def test_many_requests_in_threads_at_once(graph: Graph, image: Path) -> No
             nursery.start_soon(write, root, at, at.to_bytes(8, "little") * 1024)
     data = image.read_bytes()
     assert all(data[at : at + 8192] == at.to_bytes(8, "little") * 1024 for at in range(0, MIB, 8192))
+
+
+@pytest.mark.parametrize("aio", ["threads", "native"])
+async def test_direct_io_takes_memory_of_any_alignment_and_in_any_pieces(graph: Graph, image: Path, aio: str) -> None:
+    await graph.blockdev_add(file(image, cache={"direct": True}, aio=aio))
+    root = root_of(graph, "f")
+    before = image.read_bytes()
+    for shift in (0, 1, 511):
+        memory = memoryview(bytearray(16384 + shift))[shift:]
+        await root.preadv(8192, (memory[:512], memory[512:5000], memory[5000:]))
+        assert memory == before[8192 : 8192 + 16384]
+        await root.pwritev(65536, (memory[:4096], memory[4096:]))
+        assert image.read_bytes()[65536 : 65536 + 16384] == memory
+
+
+async def test_more_direct_requests_than_the_kernel_takes_at_once(graph: Graph, image: Path) -> None:
+    await graph.blockdev_add(file(image, cache={"direct": True}))
+    root = root_of(graph, "f")
+    found: dict[int, bytes] = {}
+
+    async def read_into(at: int) -> None:
+        found[at] = await read(root, at, 512)
+
+    async with trio.open_nursery() as nursery:
+        for at in range(0, MIB, 512):
+            nursery.start_soon(read_into, at)
+    assert b"".join(found[at] for at in range(0, MIB, 512)) == image.read_bytes()
 
 
 async def test_zeroes_and_discards_make_holes(graph: Graph, image: Path) -> None:
@@ -133,6 +162,10 @@ async def test_fua_and_flush_succeed(graph: Graph, image: Path) -> None:
         ({"filename": "/tmp", "read-only": True}, "'file' driver requires '/tmp' to be a regular file"),
         ({"filename": "/dev/null"}, "'file' driver requires '/dev/null' to be a regular file"),
         ({"filename": ""}, "The 'file' block driver requires a file name"),
+        (
+            {"aio": "native"},
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ),
         ({"filename": "a\0b"}, "Could not open 'a\0b': Invalid argument"),
         (
             {"driver": "host_device", "filename": "/etc/passwd"},

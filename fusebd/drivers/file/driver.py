@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,6 +39,7 @@ from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, Int, Json
 from fusebd.block.perms import Perm
 from fusebd.drivers.file import syscalls
+from fusebd.drivers.file.direct import DirectIO
 from fusebd.drivers.file.locks import ImageLocks
 from fusebd.errors import BlockIOError, FusebdError, NotSupported, OpenError
 
@@ -61,7 +62,10 @@ class FileOptions(BlockdevOptions, frozen=True, kw_only=True):
     locking: Annotated[Literal["auto", "on", "off"], Meta(description="agree with other processes by image locks")] = (
         "auto"
     )
-    aio: Annotated[Literal["threads", "native", "io_uring"] | UnsetType, Meta(description="accepted, not used")] = UNSET
+    aio: Annotated[
+        Literal["threads", "native", "io_uring"] | UnsetType,
+        Meta(description="with cache.direct=on: worker threads, or else native asynchronous I/O"),
+    ] = UNSET
     aio_max_batch: Annotated[Int | UnsetType, Meta(description="accepted, not used")] = UNSET
     drop_cache: Annotated[bool, Meta(description="accepted, not used")] = True
     pr_manager: Annotated[str | UnsetType, Meta(description="accepted, not used")] = UNSET
@@ -79,10 +83,10 @@ class File(ProtocolDriver):
         super().__init__(node)
         self.options = options
         self._fd = fd
-        self._direct = node.cache_direct
+        self._direct: DirectIO | None = None
         self._locks = ImageLocks(fd, options.filename) if options.locking != "off" else None
         self._limiter = trio.CapacityLimiter(WORKERS)
-        self._nowait_read = self._nowait_write = not self._direct
+        self._nowait_read = self._nowait_write = True
         self._cautious_until = 0.0
         self.limits.max_transfer = _MAX_TRANSFER
 
@@ -90,13 +94,17 @@ class File(ProtocolDriver):
     async def open(cls, opening: Opening, options: FileOptions) -> File:
         if not options.filename:
             raise OpenError(f"The '{cls.name}' block driver requires a file name")
+        if options.aio == "native" and not opening.node.cache_direct:
+            raise OpenError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
         fd = _open(opening, options.filename)
         try:
             cls._check_kind(fd, options.filename)
             driver = cls(opening.node, fd, options)
             driver.length = driver._read_length()
-            if driver._direct:
-                driver.limits.request_alignment = driver._direct_alignment()
+            if opening.node.cache_direct:
+                alignment = driver.limits.request_alignment = driver._direct_alignment()
+                native = options.aio != "threads"
+                driver._direct = DirectIO(fd, alignment, driver._in_thread, native=native)
         except BaseException:
             os.close(fd)
             raise
@@ -127,6 +135,8 @@ class File(ProtocolDriver):
         raise OpenError("Could not find working O_DIRECT alignment")
 
     async def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         os.close(self._fd)
 
     def set_perm(self, perm: Perm, shared: Perm) -> None:
@@ -137,6 +147,9 @@ class File(ProtocolDriver):
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         """Fill *bufs*; zeroes past the end of the file.  Suspends if the host has to read."""
+        if self._direct is not None:
+            await self._directly("read", offset, self._direct.read(offset, bufs))
+            return
         done = 0
         if self._nowait_read:
             try:
@@ -157,9 +170,6 @@ class File(ProtocolDriver):
 
     def _read_all(self, offset: int, bufs: Buffers, done: int) -> None:
         size = nbytes(bufs)
-        if self._direct:
-            self._read_direct(offset, bufs, size)
-            return
         while done < size:
             got = os.preadv(self._fd, slice_buffers(bufs, done, size) if done else bufs, offset + done)
             if not got:
@@ -167,21 +177,11 @@ class File(ProtocolDriver):
                 return
             done += got
 
-    def _read_direct(self, offset: int, bufs: Buffers, size: int) -> None:
-        # Direct I/O needs aligned memory, which an anonymous mapping is; a short read is the end of the file.
-        with mmap.mmap(-1, size) as bounce, memoryview(bounce) as whole:
-            done = 0
-            while done < size and (got := os.preadv(self._fd, [whole[done:]], offset + done)):
-                done += got
-                if got % self.limits.request_alignment:
-                    break
-            at = 0
-            for buf in bufs:
-                buf[:] = whole[at : at + len(buf)]
-                at += len(buf)
-
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         """Write *bufs*; with FUA they are on the disk when this returns.  Suspends if the host has to wait."""
+        if self._direct is not None:
+            await self._directly("write", offset, self._direct.write(offset, bufs, os.RWF_DSYNC if flags & FUA else 0))
+            return
         if flags & FUA:
             await self._in_thread("write", offset, self._write_all, offset, bufs, 0, os.RWF_DSYNC)
             return
@@ -205,15 +205,6 @@ class File(ProtocolDriver):
 
     def _write_all(self, offset: int, bufs: Buffers, done: int, flags: int = 0) -> None:
         size = nbytes(bufs)
-        if self._direct:
-            with mmap.mmap(-1, size) as bounce, memoryview(bounce) as whole:
-                at = 0
-                for buf in bufs:
-                    whole[at : at + len(buf)] = buf
-                    at += len(buf)
-                while done < size:
-                    done += os.pwritev(self._fd, [whole[done:]], offset + done, flags)
-            return
         while done < size:
             done += os.pwritev(self._fd, slice_buffers(bufs, done, size) if done else bufs, offset + done, flags)
 
@@ -304,7 +295,7 @@ class File(ProtocolDriver):
 
     async def _promptly(self, operation: str, offset: int, call: Callable[..., T], *args: Any) -> T:
         """Make a host call on the spot while such calls are quick, otherwise in a thread."""
-        if self._direct or perf_counter() < self._cautious_until:
+        if perf_counter() < self._cautious_until:
             return await self._in_thread(operation, offset, call, *args)
         began = perf_counter()
         try:
@@ -315,6 +306,12 @@ class File(ProtocolDriver):
             now = perf_counter()
             if now - began > SLOW:
                 self._cautious_until = now + CAUTION
+
+    async def _directly(self, operation: str, offset: int, request: Awaitable[None]) -> None:
+        try:
+            await request
+        except OSError as error:
+            raise self._failed(operation, offset, error) from None
 
     async def _in_thread(self, operation: str, offset: int, call: Callable[..., T], *args: Any) -> T:
         try:
@@ -378,7 +375,7 @@ class HostDevice(File):
 
     def _zero(self, offset: int, length: int, unmap: bool) -> None:
         # Buffered, the page cache would keep showing what was there before (see QEMU file-posix.c).
-        if not self._direct:
+        if self._direct is None:
             raise NotSupported(node_name=self.node.name, operation="write zeroes")
         syscalls.device_write_zeroes(self._fd, offset, length)
 
