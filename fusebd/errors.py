@@ -129,3 +129,7 @@ class FuseError(FusebdError):
 
     def __init__(self, errno: int) -> None:
         super().__init__(os.strerror(errno), errno=errno)
+
+
+class FuseProtocolError(FusebdError):
+    """What arrived through /dev/fuse is no request of the FUSE protocol that is spoken; the kernel is at fault."""

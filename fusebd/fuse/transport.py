@@ -76,6 +76,8 @@ class Opened(NamedTuple):
     keep_cache: bool = False  #: what the page cache holds of the file is still good
     parallel_direct_writes: bool = True  #: the kernel need not serialise direct writes to the file
     no_flush: bool = False  #: close needs no flush request
+    #: an open file that the kernel is to read, write and map by itself ("passthrough"); open until ``release``
+    backing_fd: int | None = None
 
 
 class DirEntry(NamedTuple):
@@ -200,7 +202,7 @@ class Transport(Protocol):
     """
 
     #: what callers can do through this transport, beyond reading and writing: "fallocate", "lseek",
-    #: "copy_file_range", "shared-mmap", "parallel-writes", "notify"
+    #: "copy_file_range", "shared-mmap", "parallel-writes", "notify", "passthrough"; complete once ``serve`` has started
     capabilities: frozenset[str]
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

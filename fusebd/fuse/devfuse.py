@@ -1,0 +1,585 @@
+"""The transport that speaks the kernel's FUSE protocol itself, from /dev/fuse.
+
+Scheduling.  One reader task at a time has the turn: it reads a request and serves it there and then, by
+driving the FileSystem's coroutine by hand.  Most requests end without suspending, so that nothing else happens
+between read(2) and writev(2).  Only when the coroutine is about to suspend, the turn goes on to another reader task
+(one that idles, or a new one), and what was yielded to trio is yielded again by the task that has the request: whatever
+the coroutine binds to its task (cancel scopes, nurseries) stays in place.  So a slow request holds up no other, and
+each request under way has a task and a buffer of its own.  A reader that has served a request that suspended idles for
+a while as one of a few, or ends.
+
+The device is read until it has nothing more; only then it is waited for.  Other tasks get their turn by time.
+
+Memory.  A request is read to where the data of a write is page-aligned; that same memory is what a read request is
+answered from.  A reader owns its memory as long as it lives.
+
+Interrupts are declined: a disk does not stop in the middle, and a program that gets a signal would not
+expect EINTR of a file.
+
+Specification: include/uapi/linux/fuse.h and, for what the kernel does, fs/fuse/ of Linux 6.18.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import sys
+import types
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from struct import Struct
+from time import monotonic, time_ns
+from typing import Any
+
+import trio
+
+from fusebd.errors import FuseError, FuseProtocolError
+from fusebd.fuse import wire
+from fusebd.fuse.transport import MAX_REQUEST, Changes, FileSystem, Opened
+from fusebd.fuse.wire import Fattr, Fopen, InHeader, Init, Opcode
+
+log = logging.getLogger(__name__)
+
+#: what is asked of the kernel, as far as it has it
+_WANTED = (
+    Init.ASYNC_READ
+    | Init.ATOMIC_O_TRUNC
+    | Init.BIG_WRITES
+    | Init.DO_READDIRPLUS
+    | Init.READDIRPLUS_AUTO
+    | Init.ASYNC_DIO
+    | Init.PARALLEL_DIROPS
+    | Init.ABORT_ERROR
+    | Init.MAX_PAGES
+    | Init.EXPLICIT_INVAL_DATA
+    | Init.HANDLE_KILLPRIV_V2
+    | Init.DIRECT_IO_ALLOW_MMAP
+    | Init.PASSTHROUGH
+)
+#: asynchronous requests that the kernel sends before it waits for answers
+_MAX_BACKGROUND = 1024
+
+#: how long a reader serves requests before other tasks get their turn, in seconds: a checkpoint costs as much as two
+#: requests.  With requests suspended, somebody waits for what a checkpoint would see.
+_TURN, _SHORT_TURN = 0.002, 0.0003
+#: readers that are kept for the next request that suspends
+_MAX_IDLE = 32
+
+_HEAD = wire.IO_REQUEST.size
+_PAGE = mmap.PAGESIZE
+_OUT = wire.OUT_HEADER.size
+_WRITE_REPLY = Struct("=IiQI4x")
+#: the connection has ended: unmounted, or aborted
+_GONE = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE)
+
+Handler = Callable[["DevfuseTransport", InHeader, memoryview], Coroutine[Any, Any, bytes]]
+
+
+@types.coroutine
+def _carry_on(coro: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any, Any]:
+    """Go on with *coro*, which was started by hand and has yielded *trap*, as a part of the current task."""
+    while True:
+        try:
+            sent = yield trap
+        except BaseException as error:
+            resume = partial(coro.throw, error)
+        else:
+            resume = partial(coro.send, sent)
+        try:
+            trap = resume()
+        except StopIteration as stop:
+            return stop.value
+
+
+class _Memory:
+    """Room for one request, contiguous: 80 bytes of headers at the end of a page, then the data of a write."""
+
+    __slots__ = ("data", "head", "request", "room")
+
+    def __init__(self) -> None:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        whole = memoryview(mmap.mmap(-1, _PAGE + MAX_REQUEST, flags=private))
+        self.request = whole[_PAGE - _HEAD :]
+        self.head = self.request[:_HEAD]
+        self.data = whole[_PAGE:]
+        self.room = (self.request,)
+
+
+class DevfuseTransport:
+    """Serves *fs* on *descriptor*, a mounted /dev/fuse.  See ``fusebd.fuse.transport.Transport``.
+
+    *writeback*: writes to files that are not opened for direct I/O may stay in the page cache for a while; the size of
+    such a file is the kernel's to say from then on.
+    """
+
+    def __init__(self, fs: FileSystem, descriptor: int, *, writeback: bool = False) -> None:
+        os.set_blocking(descriptor, False)
+        self.capabilities = frozenset({"fallocate", "lseek", "copy_file_range", "parallel-writes", "notify"})
+        self._fs = fs
+        self._fd = descriptor
+        self._wanted = _WANTED | Init.WRITEBACK_CACHE if writeback else _WANTED
+        self._session: wire.Session | None = None
+        self._nursery: trio.Nursery | None = None
+        self._ended = trio.Event()
+        self._idle: list[trio.lowlevel.Task] = []
+        self._suspended = 0
+        self._notices: dict[bytes, None] = {}
+        self._noticed = trio.Event()
+        self._backings = _Backings(descriptor)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer requests until the mount is gone.  Raises FuseProtocolError if the kernel's protocol is too old."""
+        await self._negotiate()
+        task_status.started()
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._read_requests)
+            notifier = trio.CancelScope()
+            self._nursery.start_soon(self._send_notices, notifier)
+            await self._ended.wait()
+            notifier.cancel()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+    # -- INIT -----------------------------------------------------------------------------------
+
+    async def _negotiate(self) -> None:
+        memory = _Memory()
+        while self._session is None:
+            try:
+                length = os.readv(self._fd, memory.room)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._fd)
+                continue
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+                length = 0
+            if not length:
+                self._end()
+                return
+            unique = wire.IO_REQUEST.unpack_from(memory.head)[2]
+            self._write(self._answer_init(unique, memory.request[:length]))
+
+    def _answer_init(self, unique: int, message: memoryview) -> bytes:
+        """The answer to the first request, which may be nothing else than INIT."""
+        try:
+            header, body = wire.decode_header(message)
+            if header.opcode != Opcode.INIT:
+                return wire.encode_error(unique, errno.EIO)
+            init = wire.decode_init(body)
+        except FuseProtocolError as error:
+            log.error("malformed INIT: %s", error)
+            return wire.encode_error(unique, errno.EIO)
+        try:
+            self._session, answer = wire.negotiate(init, self._wanted, MAX_REQUEST, _MAX_BACKGROUND)
+        except FuseProtocolError:
+            self._write(wire.encode_error(unique, errno.EPROTO))
+            raise
+        if self._session is not None:
+            self._take_capabilities(self._session)
+        return wire.encode_reply(unique, answer)
+
+    def _take_capabilities(self, session: wire.Session) -> None:
+        log.debug("FUSE protocol 7.%d, %r, max_write %d", session.minor, session.flags, session.max_write)
+        if session.flags & Init.DIRECT_IO_ALLOW_MMAP:
+            self.capabilities |= {"shared-mmap"}
+        if session.flags & Init.PASSTHROUGH:
+            self.capabilities |= {"passthrough"}
+
+    # -- readers --------------------------------------------------------------------------------
+
+    async def _read_requests(self) -> None:
+        """A reader task; it has the turn when it starts."""
+        memory = _Memory()
+        while await self._take_turn(memory):
+            if self._ended.is_set() or len(self._idle) >= _MAX_IDLE:
+                return
+            task = trio.lowlevel.current_task()
+            self._idle.append(task)
+
+            def abort(_: object, task: trio.lowlevel.Task = task) -> trio.lowlevel.Abort:
+                self._idle.remove(task)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+            if self._ended.is_set():
+                return
+
+    def _pass_turn(self) -> None:
+        self._suspended += 1
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+        else:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._read_requests)
+
+    def _end(self) -> None:
+        self._ended.set()
+        while self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+
+    async def _take_turn(self, memory: _Memory) -> bool:
+        """Serve requests until one has suspended and is answered (True), or the connection ends (False)."""
+        # Everything that is used for each request is a local name.
+        fd, readv, writev, write = self._fd, os.readv, os.writev, os.write
+        fs_read, fs_write, other = self._fs.read, self._fs.write, self._serve_other
+        unpack, pack_head, pack_written = (
+            wire.IO_REQUEST.unpack_from,
+            wire.OUT_HEADER.struct.pack,
+            _WRITE_REPLY.pack,
+        )
+        read_op, write_op = int(Opcode.READ), int(Opcode.WRITE)
+        max_offset = wire.MAX_OFFSET
+        room, head, data = memory.room, memory.head, memory.data
+        coro: Coroutine[Any, Any, Any]
+        turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
+        while True:
+            try:
+                length = readv(fd, room)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(fd)
+                turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
+                continue
+            except OSError as error:
+                if error.errno == errno.ENOENT:  # the request was taken back meanwhile
+                    continue
+                if error.errno not in _GONE:
+                    raise
+                length = 0
+            if not length:
+                self._end()
+                return False
+            total, opcode, unique, _, fh, offset, size = unpack(head)
+            if opcode == read_op and total == length == _HEAD and size <= MAX_REQUEST and offset <= max_offset - size:
+                coro = fs_read(fh, offset, data[:size])
+            elif opcode == write_op and total == length and size == length - _HEAD and offset <= max_offset - size:
+                coro = fs_write(fh, offset, data[:size])
+            else:
+                opcode = 0
+                coro = other(unique, memory.request[:length])
+            suspended = False
+            try:
+                try:
+                    trap = coro.send(None)
+                except StopIteration as stop:
+                    result = stop.value
+                else:
+                    suspended = True
+                    self._pass_turn()
+                    result = await _carry_on(coro, trap)
+                if opcode == read_op:
+                    writev(fd, (pack_head(_OUT + result, 0, unique), data[:result]))
+                elif opcode == write_op:
+                    write(fd, pack_written(24, 0, unique, result))
+                elif result:
+                    write(fd, result)
+            except FuseError as error:
+                self._write(wire.encode_error(unique, error.errno))
+            except OSError as error:
+                self._not_taken(unique, error)
+            except Exception:
+                log.exception("internal error in a FUSE request")
+                self._write(wire.encode_error(unique, errno.EIO))
+            if suspended:
+                self._suspended -= 1
+                return True
+            if monotonic() > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
+
+    def _write(self, reply: bytes) -> None:
+        try:
+            os.write(self._fd, reply)
+        except OSError as error:
+            self._not_taken(wire.OUT_HEADER.struct.unpack_from(reply)[2], error)
+
+    def _not_taken(self, unique: int, error: OSError) -> None:
+        """The kernel did not take an answer: nobody waits for it any more, or it is wrong, which is a bug."""
+        if error.errno == errno.ENOENT or error.errno in _GONE:
+            return
+        log.error("the kernel refused the answer to request %d: %s", unique, error)
+        with contextlib.suppress(OSError):
+            os.write(self._fd, wire.encode_error(unique, errno.EIO))
+
+    # -- all other requests ---------------------------------------------------------------------
+
+    async def _serve_other(self, unique: int, message: memoryview) -> bytes:
+        """The whole answer to *message*; empty if none is due."""
+        try:
+            header, body = wire.decode_header(message)
+            if header.opcode in _NO_ANSWER:
+                return b""
+            handler = _HANDLERS.get(header.opcode)
+            if handler is None:
+                return wire.encode_error(unique, _REFUSED.get(header.opcode, errno.ENOSYS))
+            return wire.encode_reply(unique, await handler(self, header, body))
+        except FuseProtocolError as error:
+            log.error("malformed FUSE request: %s", error)
+            return wire.encode_error(unique, errno.EINVAL)
+
+    async def _lookup(self, header: InHeader, body: memoryview) -> bytes:
+        attr = await self._fs.lookup(header.nodeid, wire.decode_name(body))
+        return wire.encode_entry_out(attr, self._fs.entry_timeout, self._fs.attr_timeout)
+
+    async def _getattr(self, header: InHeader, body: memoryview) -> bytes:
+        wire.GETATTR_IN.decode(body)
+        return wire.encode_attr_out(await self._fs.getattr(header.nodeid), self._fs.attr_timeout)
+
+    async def _statx(self, header: InHeader, body: memoryview) -> bytes:
+        wire.STATX_IN.decode(body)
+        return wire.encode_statx_out(await self._fs.getattr(header.nodeid), self._fs.attr_timeout)
+
+    async def _setattr(self, header: InHeader, body: memoryview) -> bytes:
+        asked = wire.decode_setattr(body)
+        valid = asked.valid
+        changes = Changes(
+            size=asked.size if valid & Fattr.SIZE else None,
+            mode=asked.mode & 0o7777 if valid & Fattr.MODE else None,
+            uid=asked.uid if valid & Fattr.UID else None,
+            gid=asked.gid if valid & Fattr.GID else None,
+        )
+        if valid & Fattr.ATIME:
+            changes.atime_ns = time_ns() if valid & Fattr.ATIME_NOW else asked.atime * 10**9 + asked.atimensec
+        if valid & Fattr.MTIME:
+            changes.mtime_ns = time_ns() if valid & Fattr.MTIME_NOW else asked.mtime * 10**9 + asked.mtimensec
+        attr = await self._fs.setattr(header.nodeid, changes, asked.fh if valid & Fattr.FH else None)
+        return wire.encode_attr_out(attr, self._fs.attr_timeout)
+
+    async def _open(self, header: InHeader, body: memoryview) -> bytes:
+        opened = await self._fs.open(header.nodeid, wire.OPEN_IN.decode(body).flags)
+        flags = Fopen.NOFLUSH if opened.no_flush else Fopen(0)
+        backing_id = self._back(header.nodeid, opened)
+        if backing_id:
+            flags |= Fopen.PASSTHROUGH
+        else:
+            if opened.direct_io:
+                flags |= Fopen.DIRECT_IO
+            if opened.keep_cache:
+                flags |= Fopen.KEEP_CACHE
+            if opened.parallel_direct_writes:
+                flags |= Fopen.PARALLEL_DIRECT_WRITES
+        return wire.encode_open_out(opened.fh, flags, backing_id)
+
+    def _back(self, ino: int, opened: Opened) -> int:
+        """The id of the file that the kernel is to use for *opened*, 0 for none."""
+        if opened.backing_fd is None or "passthrough" not in self.capabilities:
+            return 0
+        try:
+            return self._backings.take(ino, opened.fh, opened.backing_fd)
+        except OSError as error:
+            log.warning("the kernel does not pass through to the backing file: %s", error)
+            return 0
+
+    async def _release(self, header: InHeader, body: memoryview) -> bytes:
+        fh = wire.RELEASE_IN.decode(body).fh
+        self._backings.give_back(fh)
+        await self._fs.release(fh)
+        return b""
+
+    async def _slow_write(self, header: InHeader, body: memoryview) -> bytes:
+        """A write that has something unusual about it; most likely it is refused here."""
+        request, data = wire.decode_write(body)
+        return wire.encode_write_out(await self._fs.write(request.fh, request.offset, data))
+
+    async def _slow_read(self, header: InHeader, body: memoryview) -> bytes:
+        request = wire.READ_IN.decode(body)
+        if request.size > MAX_REQUEST or request.offset + request.size > wire.MAX_OFFSET:
+            raise FuseProtocolError(f"a read of {request.size} bytes at {request.offset}")
+        data = bytearray(request.size)
+        return bytes(data[: await self._fs.read(request.fh, request.offset, memoryview(data))])
+
+    async def _flush(self, header: InHeader, body: memoryview) -> bytes:
+        await self._fs.flush(wire.FLUSH_IN.decode(body).fh)
+        return b""
+
+    async def _fsync(self, header: InHeader, body: memoryview) -> bytes:
+        request = wire.FSYNC_IN.decode(body)
+        await self._fs.fsync(request.fh, bool(request.flags & wire.FSYNC_FDATASYNC))
+        return b""
+
+    async def _fallocate(self, header: InHeader, body: memoryview) -> bytes:
+        request = wire.FALLOCATE_IN.decode(body)
+        await self._fs.fallocate(request.fh, request.mode, request.offset, request.length)
+        return b""
+
+    async def _lseek(self, header: InHeader, body: memoryview) -> bytes:
+        return wire.encode_u64(await self._fs.lseek(*wire.LSEEK_IN.decode(body)))
+
+    async def _copy(self, body: memoryview, most: int) -> int:
+        request = wire.COPY_FILE_RANGE_IN.decode(body)
+        if request.flags:
+            raise FuseError(errno.EINVAL)
+        length = min(request.length, most)
+        return await self._fs.copy_file_range(
+            request.fh_in, request.offset_in, request.fh_out, request.offset_out, length
+        )
+
+    async def _copy_file_range(self, header: InHeader, body: memoryview) -> bytes:
+        return wire.encode_write_out(await self._copy(body, 0xFFFFF000))
+
+    async def _copy_file_range_64(self, header: InHeader, body: memoryview) -> bytes:
+        return wire.encode_u64(await self._copy(body, wire.MAX_OFFSET))
+
+    async def _opendir(self, header: InHeader, body: memoryview) -> bytes:
+        wire.OPEN_IN.decode(body)
+        await self._fs.opendir(header.nodeid)
+        return wire.encode_open_out(0, 0)
+
+    async def _readdir(self, header: InHeader, body: memoryview) -> bytes:
+        request = wire.READ_IN.decode(body)
+        entries = await self._fs.readdir(header.nodeid, request.offset)
+        return wire.encode_dirents(entries, min(request.size, MAX_REQUEST))
+
+    async def _readdirplus(self, header: InHeader, body: memoryview) -> bytes:
+        request = wire.READ_IN.decode(body)
+        entries = await self._fs.readdir(header.nodeid, request.offset)
+        room = min(request.size, MAX_REQUEST)
+        return wire.encode_direntplus(entries, room, self._fs.entry_timeout, self._fs.attr_timeout)
+
+    async def _nothing(self, header: InHeader, body: memoryview) -> bytes:
+        """For requests that need an answer, and nothing done."""
+        return b""
+
+    async def _statfs(self, header: InHeader, body: memoryview) -> bytes:
+        return wire.encode_statfs_out(await self._fs.statfs())
+
+    async def _getxattr(self, header: InHeader, body: memoryview) -> bytes:
+        room, name = wire.decode_getxattr(body)
+        return _xattr_reply(await self._fs.getxattr(header.nodeid, name), room)
+
+    async def _listxattr(self, header: InHeader, body: memoryview) -> bytes:
+        room = wire.XATTR_IN.decode(body).size
+        names = await self._fs.listxattr(header.nodeid)
+        return _xattr_reply(b"".join(name + b"\0" for name in names), room)
+
+    # -- notifications --------------------------------------------------------------------------
+
+    def _notify(self, notice: bytes) -> None:
+        if self._ended.is_set():
+            return
+        self._notices[notice] = None
+        self._noticed.set()
+
+    def notify_inval_inode(self, ino: int) -> None:
+        self._notify(wire.encode_inval_inode(ino))
+
+    def notify_inval_entry(self, parent: int, name: bytes) -> None:
+        self._notify(wire.encode_inval_entry(parent, name))
+
+    def notify_delete(self, parent: int, ino: int, name: bytes) -> None:
+        self._notify(wire.encode_delete(parent, ino, name))
+
+    async def _send_notices(self, scope: trio.CancelScope) -> None:
+        """A thread sends them, because the kernel may need answers from us before it has taken one."""
+        limiter = trio.CapacityLimiter(1)
+        with scope:
+            while True:
+                await self._noticed.wait()
+                self._noticed = trio.Event()
+                notices, self._notices = self._notices, {}
+                # A thread that is left behind must not write to whatever has the number of our descriptor then.
+                own = os.dup(self._fd)
+                await trio.to_thread.run_sync(_write_notices, own, notices, abandon_on_cancel=True, limiter=limiter)
+
+
+def _write_notices(descriptor: int, notices: dict[bytes, None]) -> None:
+    try:
+        for notice in notices:
+            with contextlib.suppress(OSError):  # ENOENT: nothing of it was cached
+                os.write(descriptor, notice)
+    finally:
+        os.close(descriptor)
+
+
+def _xattr_reply(value: bytes, room: int) -> bytes:
+    if not room:
+        return wire.encode_write_out(len(value))
+    if len(value) > room:
+        raise FuseError(errno.ERANGE)
+    return value
+
+
+class _Backings:
+    """The files that the kernel was given to read and write instead of asking us.
+
+    All who have an inode open at the same time must share one (the kernel answers EBUSY otherwise).
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._fd = descriptor
+        self._ids: dict[int, int] = {}
+        self._inodes: dict[int, int] = {}
+
+    def take(self, ino: int, fh: int, backing_fd: int) -> int:
+        """The id for *fh*, an open of *ino*; *backing_fd* becomes it if there is none yet.  Raises OSError."""
+        if ino not in self._ids:
+            asked = bytearray(
+                wire.encode_backing_map(backing_fd)
+            )  # only for what it can change ioctl() returns a number
+            self._ids[ino] = fcntl.ioctl(self._fd, wire.DEV_IOC_BACKING_OPEN, asked)
+        self._inodes[fh] = ino
+        return self._ids[ino]
+
+    def give_back(self, fh: int) -> None:
+        """*fh* is closed; with the last one of an inode the kernel lets go of the file."""
+        ino = self._inodes.pop(fh, None)
+        if ino is not None and ino not in self._inodes.values():
+            with contextlib.suppress(OSError):  # the connection is gone, and with it the file
+                fcntl.ioctl(self._fd, wire.DEV_IOC_BACKING_CLOSE, self._ids.pop(ino).to_bytes(4, sys.byteorder))
+
+
+#: requests that are not answered.  Nothing is kept for a looked-up name, so there is nothing to forget.
+_NO_ANSWER = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY})
+
+#: What is refused always, and how.  ENOSYS, for all others, makes the kernel stop asking: ACCESS (the mount has
+#: default_permissions), FSYNCDIR and POLL it then does by itself, INTERRUPT it keeps to itself.
+_REFUSED: dict[int, int] = {
+    **dict.fromkeys(
+        (
+            Opcode.CREATE,
+            Opcode.MKNOD,
+            Opcode.MKDIR,
+            Opcode.SYMLINK,
+            Opcode.LINK,
+            Opcode.UNLINK,
+            Opcode.RMDIR,
+            Opcode.RENAME,
+            Opcode.RENAME2,
+            Opcode.TMPFILE,
+        ),
+        errno.EPERM,
+    ),
+    Opcode.READLINK: errno.EINVAL,
+    Opcode.IOCTL: errno.ENOTTY,
+}
+
+_HANDLERS: dict[int, Handler] = {
+    Opcode.LOOKUP: DevfuseTransport._lookup,
+    Opcode.GETATTR: DevfuseTransport._getattr,
+    Opcode.SETATTR: DevfuseTransport._setattr,
+    Opcode.OPEN: DevfuseTransport._open,
+    Opcode.READ: DevfuseTransport._slow_read,
+    Opcode.WRITE: DevfuseTransport._slow_write,
+    Opcode.STATFS: DevfuseTransport._statfs,
+    Opcode.RELEASE: DevfuseTransport._release,
+    Opcode.FSYNC: DevfuseTransport._fsync,
+    Opcode.GETXATTR: DevfuseTransport._getxattr,
+    Opcode.LISTXATTR: DevfuseTransport._listxattr,
+    Opcode.FLUSH: DevfuseTransport._flush,
+    Opcode.OPENDIR: DevfuseTransport._opendir,
+    Opcode.READDIR: DevfuseTransport._readdir,
+    Opcode.RELEASEDIR: DevfuseTransport._nothing,
+    Opcode.DESTROY: DevfuseTransport._nothing,
+    Opcode.FALLOCATE: DevfuseTransport._fallocate,
+    Opcode.READDIRPLUS: DevfuseTransport._readdirplus,
+    Opcode.LSEEK: DevfuseTransport._lseek,
+    Opcode.COPY_FILE_RANGE: DevfuseTransport._copy_file_range,
+    Opcode.COPY_FILE_RANGE_64: DevfuseTransport._copy_file_range_64,
+    Opcode.STATX: DevfuseTransport._statx,
+}
