@@ -27,9 +27,10 @@ import fcntl
 import logging
 import mmap
 import os
+import select
 import sys
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from functools import partial
 from struct import Struct
 from time import monotonic, time_ns
@@ -66,6 +67,10 @@ _MAX_BACKGROUND = 1024
 #: how long a reader serves requests before other tasks get their turn, in seconds: a checkpoint costs as much as two
 #: requests.  With requests suspended, somebody waits for what a checkpoint would see.
 _TURN, _SHORT_TURN = 0.002, 0.0003
+#: A client that waits for each answer sends its next request a few microseconds after it, but to be woken for it takes
+#: 20 and more (4 KiB reads at depth 1: 19,000/s waiting, 34,000/s polling).  So where requests come in quick
+#: succession, the device is polled for a while, in seconds, before it is waited for.
+_POLL_TIME, _SHORT_WAIT = 50e-6, 100e-6
 #: readers that are kept for the next request that suspends
 _MAX_IDLE = 32
 
@@ -93,6 +98,16 @@ def _carry_on(coro: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any, 
             trap = resume()
         except StopIteration as stop:
             return stop.value
+
+
+def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
+    """Whether *poll* finds something in a short time.  The client may need this very processor: it goes first."""
+    ends = monotonic() + _POLL_TIME
+    while not poll(0):
+        if monotonic() > ends:
+            return False
+        os.sched_yield()
+    return True
 
 
 class _Memory:
@@ -238,12 +253,17 @@ class DevfuseTransport:
         max_offset = wire.MAX_OFFSET
         room, head, data = memory.room, memory.head, memory.data
         coro: Coroutine[Any, Any, Any]
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poll, polls = poller.poll, False
         turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
         while True:
             try:
                 length = readv(fd, room)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(fd)
+                if polls and not self._suspended and _poll(poll):
+                    continue
+                polls = await self._wait_readable() and not polls
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
                 continue
             except OSError as error:
@@ -292,6 +312,12 @@ class DevfuseTransport:
             if monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
+
+    async def _wait_readable(self) -> bool:
+        """Wait for a request; whether that was so short that polling would have been better."""
+        began = monotonic()
+        await trio.lowlevel.wait_readable(self._fd)
+        return monotonic() - began < _SHORT_WAIT
 
     def _write(self, reply: bytes) -> None:
         try:
