@@ -1,0 +1,1 @@
+"""fusebd measured beside qemu-storage-daemon: see README.rst in this directory."""
