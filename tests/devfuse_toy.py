@@ -33,8 +33,8 @@ from fusebd.fuse.transport import (
 )
 
 SIZE = 4 << 20
-#: ``data`` bypasses the page cache and ``cached`` does not; reads of ``held`` wait until they are let go; ``broken`` has
-#: a bug; ``passed`` is read by the kernel from the backing file; ``away`` always suspends
+#: ``data`` bypasses the page cache and ``cached`` does not; reads of ``held`` wait until they are let go; ``broken``
+#: has a bug; ``passed`` is read by the kernel from the backing file; ``away`` always suspends
 NAMES = (b"data", b"cached", b"held", b"broken", b"passed", b"away")
 
 

@@ -228,7 +228,7 @@ class InitIn(NamedTuple):
     major: int
     minor: int
     max_readahead: int
-    flags: Init
+    flags: int  #: an Init, with what was in ``flags2``
 
 
 class GetattrIn(NamedTuple):
@@ -316,7 +316,7 @@ class StatxIn(NamedTuple):
     sx_mask: int
 
 
-_INIT_IN = Layout("IIII", lambda major, minor, readahead, flags: InitIn(major, minor, readahead, Init(flags)))
+_INIT_IN = Layout("IIII", InitIn)
 _INIT_EXT = Struct("=I44x")
 GETATTR_IN = Layout("I4xQ", GetattrIn)
 _SETATTR_IN = Layout("I4xQQ8xqq8xII4xI4xII4x", SetattrIn)
@@ -339,7 +339,7 @@ def decode_init(body: memoryview) -> InitIn:
         rest = body[_INIT_IN.size :]
         if len(rest) < _INIT_EXT.size:
             raise FuseProtocolError(f"INIT has {len(body)} bytes and says that it is extended")
-        init = init._replace(flags=init.flags | Init(_INIT_EXT.unpack_from(rest)[0] << 32))
+        init = init._replace(flags=init.flags | _INIT_EXT.unpack_from(rest)[0] << 32)
     return init
 
 
@@ -420,7 +420,7 @@ def negotiate(init: InitIn, wanted: Init, max_write: int, max_background: int) -
         raise FuseProtocolError(
             f"the kernel speaks FUSE protocol {init.major}.{init.minor}, at least {MAJOR}.{OLDEST_MINOR} is needed"
         )
-    flags = init.flags & wanted
+    flags = Init(init.flags & wanted)
     if Init.WRITEBACK_CACHE in flags:
         flags &= ~Init.PASSTHROUGH  # the kernel refuses the two together
     if not flags & Init.MAX_PAGES:
