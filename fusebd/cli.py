@@ -128,9 +128,10 @@ def _umount(arguments: Sequence[str]) -> int:
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("--force", action="store_true", help="even if files in it are open; they fail from then on")
     parsed = parser.parse_args(arguments)
+    from fusebd.fuse.mountpoint import location
     from fusebd.unmount import unmount
 
-    unmount(os.path.realpath(parsed.mountpoint), force=parsed.force)
+    unmount(location(parsed.mountpoint), force=parsed.force)
     return 0
 
 
@@ -157,9 +158,10 @@ def _qmp_server(where: str) -> str:
     """The address that *where*, a mount point or an address, means."""
     if ("/" not in where.removeprefix("unix:") and not os.path.isdir(where)) or where.startswith("unix:"):
         return qmp_address(where, os.getcwd())
+    from fusebd.fuse.mountpoint import location
     from fusebd.runtime import Place
 
-    place = Place(os.path.realpath(where))
+    place = Place(location(where))
     if not os.path.exists(place.socket):
         raise UsageError(f"{place.mountpoint}: not mounted by fusebd")
     return f"unix:{place.socket}"

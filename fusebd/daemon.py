@@ -26,6 +26,7 @@ class Daemon:
     def __init__(self, pid: int, pipe: int) -> None:
         self.pid = pid
         self._pipe = pipe
+        self._status: int | None = None
 
     def wait_ready(self) -> str | None:
         """Wait until the daemon serves (None), or has ended; then what it said went wrong."""
@@ -40,14 +41,16 @@ class Daemon:
         return said.decode(errors="replace") or f"the daemon ended before it served (status {status})"
 
     def stop(self) -> None:
-        """Tell the daemon to end, and wait until it has."""
-        with contextlib.suppress(ProcessLookupError):
+        """Tell the daemon to end if it still runs, and wait until it has."""
+        if self._status is None:
             os.kill(self.pid, signal.SIGTERM)
-        self.wait_end()
+            self.wait_end()
 
     def wait_end(self) -> int:
         """Wait for the process; its exit status, or a signal's number made negative."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
 
 
 def start(run: Callable[[Ready], int], log_path: str) -> Daemon:
