@@ -10,8 +10,8 @@ a while as one of a few, or ends.
 
 The device is read until it has nothing more; only then it is waited for.  Other tasks get their turn by time.
 
-Memory.  A request is read to where the data of a write is page-aligned; that same memory is what a read request is
-answered from.  A reader owns its memory as long as it lives.
+Memory.  The data of a write is read to page-aligned memory; that same memory is what a read request is answered from.
+A reader owns its memory as long as it lives.
 
 Interrupts are declined: a disk does not stop in the middle, and a program that gets a signal would not
 expect EINTR of a file.
@@ -22,6 +22,7 @@ Specification: include/uapi/linux/fuse.h and, for what the kernel does, fs/fuse/
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
@@ -75,7 +76,7 @@ _POLL_TIME, _SHORT_WAIT = 50e-6, 100e-6
 _MAX_IDLE = 32
 
 _HEAD = wire.IO_REQUEST.size
-_PAGE = mmap.PAGESIZE
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _OUT = wire.OUT_HEADER.size
 _WRITE_REPLY = Struct("=IiQI4x")
 #: the connection has ended: unmounted, or aborted
@@ -111,17 +112,59 @@ def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
 
 
 class _Memory:
-    """Room for one request, contiguous: 80 bytes of headers at the end of a page, then the data of a write."""
+    """Room for one request: the headers of a read or write, and apart from them, page-aligned, the data of a write."""
 
-    __slots__ = ("data", "head", "request", "room")
+    __slots__ = ("data", "head", "room")
 
-    def __init__(self) -> None:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        whole = memoryview(mmap.mmap(-1, _PAGE + MAX_REQUEST, flags=private))
-        self.request = whole[_PAGE - _HEAD :]
-        self.head = self.request[:_HEAD]
-        self.data = whole[_PAGE:]
-        self.room = (self.request,)
+    def __init__(self, data: memoryview) -> None:
+        self.head = memoryview(bytearray(_HEAD))
+        self.data = data
+        self.room = (self.head, self.data)
+
+    def message(self, length: int) -> memoryview:
+        """A request of *length* bytes that is neither a read nor a write, in one piece."""
+        if length <= _HEAD:
+            return self.head[:length]
+        return memoryview(bytes(self.head) + bytes(self.data[: length - _HEAD]))
+
+
+class _Arena:
+    """Where readers have the memory for data from: a mebibyte each, for the first ones in huge pages.
+
+    With them the kernel copies a mebibyte 1.3 times as fast; but a huge page is there as a whole once it is touched.
+    """
+
+    _HUGE_PAGE = 2 << 20
+
+    def __init__(self, huge_pages: int = 8) -> None:
+        self._huge_pages = huge_pages
+        self._free: list[memoryview] = []
+        self._in_huge_pages: set[int] = set()
+
+    def take(self) -> memoryview:
+        """MAX_REQUEST bytes, page-aligned."""
+        if not self._free and self._huge_pages:
+            self._huge_pages -= 1
+            self._add_huge_page()
+        if self._free:
+            return self._free.pop()
+        return memoryview(mmap.mmap(-1, MAX_REQUEST, flags=_PRIVATE))
+
+    def _add_huge_page(self) -> None:
+        mapping = mmap.mmap(-1, 2 * self._HUGE_PAGE, flags=_PRIVATE)
+        with contextlib.suppress(OSError):  # the kernel has no huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % self._HUGE_PAGE
+        whole = memoryview(mapping)[start : start + self._HUGE_PAGE]
+        for offset in range(0, self._HUGE_PAGE, MAX_REQUEST):
+            part = whole[offset : offset + MAX_REQUEST]
+            self._free.append(part)
+            self._in_huge_pages.add(id(part))
+
+    def give_back(self, data: memoryview) -> None:
+        """*data*, from ``take``, is not in use any more."""
+        if id(data) in self._in_huge_pages:
+            self._free.append(data)
 
 
 class DevfuseTransport:
@@ -145,10 +188,13 @@ class DevfuseTransport:
         self._notices: dict[bytes, None] = {}
         self._noticed = trio.Event()
         self._backings = _Backings(descriptor)
+        self._arena = _Arena()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer requests until the mount is gone.  Raises FuseProtocolError if the kernel's protocol is too old."""
-        await self._negotiate()
+        memory = _Memory(self._arena.take())
+        await self._negotiate(memory)
+        self._arena.give_back(memory.data)
         task_status.started()
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._read_requests)
@@ -163,8 +209,7 @@ class DevfuseTransport:
 
     # -- INIT -----------------------------------------------------------------------------------
 
-    async def _negotiate(self) -> None:
-        memory = _Memory()
+    async def _negotiate(self, memory: _Memory) -> None:
         while self._session is None:
             try:
                 length = os.readv(self._fd, memory.room)
@@ -179,7 +224,7 @@ class DevfuseTransport:
                 self._end()
                 return
             unique = wire.IO_REQUEST.unpack_from(memory.head)[2]
-            self._write(self._answer_init(unique, memory.request[:length]))
+            self._write(self._answer_init(unique, memory.message(length)))
 
     def _answer_init(self, unique: int, message: memoryview) -> bytes:
         """The answer to the first request, which may be nothing else than INIT."""
@@ -211,10 +256,10 @@ class DevfuseTransport:
 
     async def _read_requests(self) -> None:
         """A reader task; it has the turn when it starts."""
-        memory = _Memory()
+        memory = _Memory(self._arena.take())
         while await self._take_turn(memory):
             if self._ended.is_set() or len(self._idle) >= _MAX_IDLE:
-                return
+                break
             task = trio.lowlevel.current_task()
             self._idle.append(task)
 
@@ -224,7 +269,8 @@ class DevfuseTransport:
 
             await trio.lowlevel.wait_task_rescheduled(abort)
             if self._ended.is_set():
-                return
+                break
+        self._arena.give_back(memory.data)
 
     def _pass_turn(self) -> None:
         self._suspended += 1
@@ -282,7 +328,7 @@ class DevfuseTransport:
                 coro = fs_write(fh, offset, data[:size])
             else:
                 opcode = 0
-                coro = other(unique, memory.request[:length])
+                coro = other(unique, memory.message(length))
             suspended = False
             try:
                 try:
