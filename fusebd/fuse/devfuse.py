@@ -1,12 +1,11 @@
 """The transport that speaks the kernel's FUSE protocol itself, from /dev/fuse.
 
-Scheduling.  One reader task at a time has the turn: it reads a request and serves it there and then, by
-driving the FileSystem's coroutine by hand.  Most requests end without suspending, so that nothing else happens
-between read(2) and writev(2).  Only when the coroutine is about to suspend, the turn goes on to another reader task
-(one that idles, or a new one), and what was yielded to trio is yielded again by the task that has the request: whatever
-the coroutine binds to its task (cancel scopes, nurseries) stays in place.  So a slow request holds up no other, and
-each request under way has a task and a buffer of its own.  A reader that has served a request that suspended idles for
-a while as one of a few, or ends.
+Scheduling.  One reader task at a time has the turn: it reads a request and serves it there and then.  Most requests
+end without suspending, so that nothing else happens between readv(2) and writev(2).  A reader's coroutine is run
+through ``_watched``, which sees each trap that it yields to trio: the first one of a request is the moment to pass the
+turn on to another reader task (one that idles, or a new one).  So a slow request holds up no other, and each request
+under way has a task and a buffer of its own.  A reader that has served a request that suspended idles as one of a few,
+or ends.
 
 The device is read until it has nothing more; only then it is waited for.  Other tasks get their turn by time.
 
@@ -22,29 +21,29 @@ Specification: include/uapi/linux/fuse.h and, for what the kernel does, fs/fuse/
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import logging
-import mmap
 import os
 import select
-import sys
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from functools import partial
 from struct import Struct
 from time import monotonic, time_ns
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import trio
 
 from fusebd.errors import FuseError, FuseProtocolError
 from fusebd.fuse import wire
+from fusebd.fuse.arena import Arena
+from fusebd.fuse.passthrough import Backings
 from fusebd.fuse.transport import MAX_REQUEST, Changes, FileSystem, Opened
 from fusebd.fuse.wire import Fattr, Fopen, InHeader, Init, Opcode
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: what is asked of the kernel, as far as it has it
 _WANTED = (
@@ -76,7 +75,6 @@ _POLL_TIME, _SHORT_WAIT = 50e-6, 100e-6
 _MAX_IDLE = 32
 
 _HEAD = wire.IO_REQUEST.size
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _OUT = wire.OUT_HEADER.size
 _WRITE_REPLY = Struct("=IiQI4x")
 #: the connection has ended: unmounted, or aborted
@@ -86,19 +84,19 @@ Handler = Callable[["DevfuseTransport", InHeader, memoryview], Coroutine[Any, An
 
 
 @types.coroutine
-def _carry_on(coro: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any, Any]:
-    """Go on with *coro*, which was started by hand and has yielded *trap*, as a part of the current task."""
+def _watched(coro: Coroutine[Any, Any, T], suspending: Callable[[], None]) -> Generator[Any, Any, T]:
+    """*coro*, with *suspending* called each time before it suspends."""
+    resume = partial(coro.send, None)
     while True:
-        try:
-            sent = yield trap
-        except BaseException as error:
-            resume = partial(coro.throw, error)
-        else:
-            resume = partial(coro.send, sent)
         try:
             trap = resume()
         except StopIteration as stop:
-            return stop.value
+            return cast(T, stop.value)
+        suspending()
+        try:
+            resume = partial(coro.send, (yield trap))
+        except BaseException as error:
+            resume = partial(coro.throw, error)
 
 
 def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
@@ -111,15 +109,21 @@ def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
     return True
 
 
-class _Memory:
-    """Room for one request: the headers of a read or write, and apart from them, page-aligned, the data of a write."""
+class _Reader:
+    """What belongs to one reader task: the memory for its request, the headers apart from the data."""
 
-    __slots__ = ("data", "head", "room")
+    __slots__ = ("data", "head", "poll", "room", "serving", "transport")
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, transport: DevfuseTransport, data: memoryview, descriptor: int) -> None:
+        self.transport = transport
         self.head = memoryview(bytearray(_HEAD))
         self.data = data
         self.room = (self.head, self.data)
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        self.poll = poller.poll
+        #: a request is being served, and has not suspended yet
+        self.serving = False
 
     def message(self, length: int) -> memoryview:
         """A request of *length* bytes that is neither a read nor a write, in one piece."""
@@ -127,44 +131,11 @@ class _Memory:
             return self.head[:length]
         return memoryview(bytes(self.head) + bytes(self.data[: length - _HEAD]))
 
-
-class _Arena:
-    """Where readers have the memory for data from: a mebibyte each, for the first ones in huge pages.
-
-    With them the kernel copies a mebibyte 1.3 times as fast; but a huge page is there as a whole once it is touched.
-    """
-
-    _HUGE_PAGE = 2 << 20
-
-    def __init__(self, huge_pages: int = 8) -> None:
-        self._huge_pages = huge_pages
-        self._free: list[memoryview] = []
-        self._in_huge_pages: set[int] = set()
-
-    def take(self) -> memoryview:
-        """MAX_REQUEST bytes, page-aligned."""
-        if not self._free and self._huge_pages:
-            self._huge_pages -= 1
-            self._add_huge_page()
-        if self._free:
-            return self._free.pop()
-        return memoryview(mmap.mmap(-1, MAX_REQUEST, flags=_PRIVATE))
-
-    def _add_huge_page(self) -> None:
-        mapping = mmap.mmap(-1, 2 * self._HUGE_PAGE, flags=_PRIVATE)
-        with contextlib.suppress(OSError):  # the kernel has no huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % self._HUGE_PAGE
-        whole = memoryview(mapping)[start : start + self._HUGE_PAGE]
-        for offset in range(0, self._HUGE_PAGE, MAX_REQUEST):
-            part = whole[offset : offset + MAX_REQUEST]
-            self._free.append(part)
-            self._in_huge_pages.add(id(part))
-
-    def give_back(self, data: memoryview) -> None:
-        """*data*, from ``take``, is not in use any more."""
-        if id(data) in self._in_huge_pages:
-            self._free.append(data)
+    def suspending(self) -> None:
+        """The reader's task is about to suspend: if that is because of its request, the turn goes on."""
+        if self.serving:
+            self.serving = False
+            self.transport._pass_turn()
 
 
 class DevfuseTransport:
@@ -187,14 +158,12 @@ class DevfuseTransport:
         self._suspended = 0
         self._notices: dict[bytes, None] = {}
         self._noticed = trio.Event()
-        self._backings = _Backings(descriptor)
-        self._arena = _Arena()
+        self._backings = Backings(descriptor)
+        self._arena = Arena()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer requests until the mount is gone.  Raises FuseProtocolError if the kernel's protocol is too old."""
-        memory = _Memory(self._arena.take())
-        await self._negotiate(memory)
-        self._arena.give_back(memory.data)
+        await self._negotiate()
         task_status.started()
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._read_requests)
@@ -209,10 +178,11 @@ class DevfuseTransport:
 
     # -- INIT -----------------------------------------------------------------------------------
 
-    async def _negotiate(self, memory: _Memory) -> None:
+    async def _negotiate(self) -> None:
+        reader = self._new_reader()
         while self._session is None:
             try:
-                length = os.readv(self._fd, memory.room)
+                length = os.readv(self._fd, reader.room)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._fd)
                 continue
@@ -223,8 +193,9 @@ class DevfuseTransport:
             if not length:
                 self._end()
                 return
-            unique = wire.IO_REQUEST.unpack_from(memory.head)[2]
-            self._write(self._answer_init(unique, memory.message(length)))
+            unique = wire.IO_REQUEST.unpack_from(reader.head)[2]
+            self._write(self._answer_init(unique, reader.message(length)))
+        self._arena.give_back(reader.data)
 
     def _answer_init(self, unique: int, message: memoryview) -> bytes:
         """The answer to the first request, which may be nothing else than INIT."""
@@ -254,12 +225,19 @@ class DevfuseTransport:
 
     # -- readers --------------------------------------------------------------------------------
 
+    def _new_reader(self) -> _Reader:
+        return _Reader(self, self._arena.take(), self._fd)
+
     async def _read_requests(self) -> None:
         """A reader task; it has the turn when it starts."""
-        memory = _Memory(self._arena.take())
-        while await self._take_turn(memory):
+        reader = self._new_reader()
+        await _watched(self._read_by_turns(reader), reader.suspending)
+        self._arena.give_back(reader.data)
+
+    async def _read_by_turns(self, reader: _Reader) -> None:
+        while await self._take_turn(reader):
             if self._ended.is_set() or len(self._idle) >= _MAX_IDLE:
-                break
+                return
             task = trio.lowlevel.current_task()
             self._idle.append(task)
 
@@ -269,8 +247,7 @@ class DevfuseTransport:
 
             await trio.lowlevel.wait_task_rescheduled(abort)
             if self._ended.is_set():
-                break
-        self._arena.give_back(memory.data)
+                return
 
     def _pass_turn(self) -> None:
         self._suspended += 1
@@ -285,29 +262,23 @@ class DevfuseTransport:
         while self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
 
-    async def _take_turn(self, memory: _Memory) -> bool:
+    async def _take_turn(self, reader: _Reader) -> bool:
         """Serve requests until one has suspended and is answered (True), or the connection ends (False)."""
         # Everything that is used for each request is a local name.
         fd, readv, writev, write = self._fd, os.readv, os.writev, os.write
         fs_read, fs_write, other = self._fs.read, self._fs.write, self._serve_other
-        unpack, pack_head, pack_written = (
-            wire.IO_REQUEST.unpack_from,
-            wire.OUT_HEADER.struct.pack,
-            _WRITE_REPLY.pack,
-        )
+        unpack = wire.IO_REQUEST.unpack_from
+        pack_head, pack_written = wire.OUT_HEADER.struct.pack, _WRITE_REPLY.pack
+        head_size, out_size, max_size, max_offset = _HEAD, _OUT, MAX_REQUEST, wire.MAX_OFFSET
         read_op, write_op = int(Opcode.READ), int(Opcode.WRITE)
-        max_offset = wire.MAX_OFFSET
-        room, head, data = memory.room, memory.head, memory.data
-        coro: Coroutine[Any, Any, Any]
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        poll, polls = poller.poll, False
+        room, head, data = reader.room, reader.head, reader.data
+        polls = False
         turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
         while True:
             try:
                 length = readv(fd, room)
             except BlockingIOError:
-                if polls and not self._suspended and _poll(poll):
+                if polls and not self._suspended and _poll(reader.poll):
                     continue
                 polls = await self._wait_readable() and not polls
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
@@ -322,39 +293,43 @@ class DevfuseTransport:
                 self._end()
                 return False
             total, opcode, unique, _, fh, offset, size = unpack(head)
-            if opcode == read_op and total == length == _HEAD and size <= MAX_REQUEST and offset <= max_offset - size:
-                coro = fs_read(fh, offset, data[:size])
-            elif opcode == write_op and total == length and size == length - _HEAD and offset <= max_offset - size:
-                coro = fs_write(fh, offset, data[:size])
-            else:
-                opcode = 0
-                coro = other(unique, memory.message(length))
-            suspended = False
+            reply: bytes | tuple[bytes, memoryview]
+            reader.serving = True
             try:
-                try:
-                    trap = coro.send(None)
-                except StopIteration as stop:
-                    result = stop.value
+                if (
+                    opcode == read_op
+                    and total == length == head_size
+                    and size <= max_size
+                    and offset <= max_offset - size
+                ):
+                    buf = data[:size]
+                    done = await fs_read(fh, offset, buf)
+                    reply = (pack_head(out_size + done, 0, unique), buf if done == size else buf[:done])
+                elif (
+                    opcode == write_op
+                    and total == length
+                    and size == length - head_size
+                    and offset <= max_offset - size
+                ):
+                    reply = pack_written(24, 0, unique, await fs_write(fh, offset, data[:size]))
                 else:
-                    suspended = True
-                    self._pass_turn()
-                    result = await _carry_on(coro, trap)
-                if opcode == read_op:
-                    writev(fd, (pack_head(_OUT + result, 0, unique), data[:result]))
-                elif opcode == write_op:
-                    write(fd, pack_written(24, 0, unique, result))
-                elif result:
-                    write(fd, result)
+                    reply = await other(unique, reader.message(length))
             except FuseError as error:
-                self._write(wire.encode_error(unique, error.errno))
-            except OSError as error:
-                self._not_taken(unique, error)
+                reply = wire.encode_error(unique, error.errno)
             except Exception:
                 log.exception("internal error in a FUSE request")
-                self._write(wire.encode_error(unique, errno.EIO))
-            if suspended:
+                reply = wire.encode_error(unique, errno.EIO)
+            try:
+                if isinstance(reply, tuple):
+                    writev(fd, reply)
+                elif reply:
+                    write(fd, reply)
+            except OSError as error:
+                self._not_taken(unique, error)
+            if not reader.serving:  # it has suspended, and the turn is another reader's
                 self._suspended -= 1
                 return True
+            reader.serving = False
             if monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
@@ -575,35 +550,6 @@ def _xattr_reply(value: bytes, room: int) -> bytes:
     if len(value) > room:
         raise FuseError(errno.ERANGE)
     return value
-
-
-class _Backings:
-    """The files that the kernel was given to read and write instead of asking us.
-
-    All who have an inode open at the same time must share one (the kernel answers EBUSY otherwise).
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._fd = descriptor
-        self._ids: dict[int, int] = {}
-        self._inodes: dict[int, int] = {}
-
-    def take(self, ino: int, fh: int, backing_fd: int) -> int:
-        """The id for *fh*, an open of *ino*; *backing_fd* becomes it if there is none yet.  Raises OSError."""
-        if ino not in self._ids:
-            asked = bytearray(
-                wire.encode_backing_map(backing_fd)
-            )  # only for what it can change ioctl() returns a number
-            self._ids[ino] = fcntl.ioctl(self._fd, wire.DEV_IOC_BACKING_OPEN, asked)
-        self._inodes[fh] = ino
-        return self._ids[ino]
-
-    def give_back(self, fh: int) -> None:
-        """*fh* is closed; with the last one of an inode the kernel lets go of the file."""
-        ino = self._inodes.pop(fh, None)
-        if ino is not None and ino not in self._inodes.values():
-            with contextlib.suppress(OSError):  # the connection is gone, and with it the file
-                fcntl.ioctl(self._fd, wire.DEV_IOC_BACKING_CLOSE, self._ids.pop(ino).to_bytes(4, sys.byteorder))
 
 
 #: requests that are not answered.  Nothing is kept for a looked-up name, so there is nothing to forget.
