@@ -1,0 +1,326 @@
+"""Writes that change the mapping: new clusters, copy on write, zero clusters that get data.
+
+A write takes three steps.  Under the lock it looks at the mapping, allocates host clusters, and enters itself among
+the allocations in flight.  Without the lock it writes the data, with what surrounds it in its first and last
+cluster.  Under the lock again it links the clusters into the L2 table, frees those that they replace, and wakes who
+waited for it.  Two writes that allocate in the same guest cluster never overlap: the second waits and looks again.
+
+Whatever fails before the last step leaves the mapping as it was; the new clusters are given back.
+Behaviour and events: QEMU qcow2_co_pwritev_part, qcow2_alloc_host_offset, perform_cow (block/qcow2*.c).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
+from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.drivers.qcow2.tables import Tables
+from fusebd.errors import BlockIOError, NotSupported
+from fusebd.ondisk import qcow2 as ondisk
+
+#: the most that one step writes, in bytes: what a file takes in one request
+_MAX_BYTES = 1 << 30
+#: one read serves both ends of a copy on write if the data between them is no longer than this (QEMU)
+_MERGE_READS = 16384
+
+
+class InFlight:
+    """Guest clusters *first* up to *end* that one write is about to link to host clusters."""
+
+    __slots__ = ("_done", "end", "first")
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first, self.end = first, end
+        self._done: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until the write has linked its clusters, or failed."""
+        if self._done is None:
+            self._done = trio.Event()
+        await self._done.wait()
+
+    def finish(self) -> None:
+        if self._done is not None:
+            self._done.set()
+
+
+class Piece:
+    """A part of a write that goes to one place: *length* bytes from *guest_offset* on, to *host_offset*.
+
+    ``in_flight`` is None if the clusters are mapped already; ``fresh`` says whether they are newly allocated
+    (then they are given back after a failure).  ``first_entry``, ``last_entry`` are the old entries at the ends.
+    """
+
+    __slots__ = ("first_entry", "fresh", "guest_offset", "host_offset", "in_flight", "last_entry", "length")
+
+    def __init__(self, guest_offset: int, host_offset: int, length: int, in_flight: InFlight | None) -> None:
+        self.guest_offset, self.host_offset, self.length = guest_offset, host_offset, length
+        self.in_flight = in_flight
+        self.fresh = False
+        self.first_entry = self.last_entry = 0
+
+
+class Allocator:
+    """Carries out the writes of one image.  *read_guest* reads guest data for copy on write."""
+
+    def __init__(
+        self,
+        image: Image,
+        tables: Tables,
+        refcounts: Refcounts,
+        read_guest: Callable[[int, Buffers], Awaitable[None]],
+        reads_zero: Callable[[int, int], bool],
+    ) -> None:
+        self.image, self.tables, self.refcounts = image, tables, refcounts
+        self._read_guest = read_guest
+        self._reads_zero = reads_zero
+        self._in_flight: list[InFlight] = []
+        self._file_zeroes = True  #: the file has not refused a fast zero write yet
+
+    # -- waiting for others ---------------------------------------------------------------------
+
+    def _conflict(self, first: int, end: int) -> InFlight | None:
+        """The allocation in flight in the guest clusters *first* up to *end* that begins first."""
+        if not self._in_flight:
+            return None
+        found = [other for other in self._in_flight if other.first < end and first < other.end]
+        return min(found, key=lambda other: other.first, default=None)
+
+    async def wait_free(self, first: int, end: int) -> None:
+        """Wait, under the lock, until no allocation is in flight in the clusters.  The lock is let go meanwhile."""
+        while conflict := self._conflict(first, end):
+            self.image.lock.release()
+            try:
+                await conflict.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self.image.lock.__aenter__()
+
+    # -- the three steps ------------------------------------------------------------------------
+
+    async def pwritev(self, guest_offset: int, bufs: Buffers, size: int) -> None:
+        """Write the *size* bytes of *bufs*; what has been linked stays if a later part fails."""
+
+        async def write(piece: Piece, at: int) -> None:
+            await self._write(piece, bufs if piece.length == size else slice_buffers(bufs, at, at + piece.length))
+
+        await self._in_pieces(guest_offset, size, write)
+
+    async def preallocate(self, guest_offset: int, length: int, flags: int) -> None:
+        """Give whole clusters that are not mapped yet host clusters, zeroed by zero writes with *flags*."""
+
+        async def zero(piece: Piece, _: int) -> None:
+            if piece.in_flight is not None:
+                await self.image.file.pwrite_zeroes(piece.host_offset, piece.length, flags)
+
+        await self._in_pieces(guest_offset, length, zero)
+
+    async def _in_pieces(self, guest_offset: int, size: int, write: Callable[[Piece, int], Awaitable[None]]) -> None:
+        """Have *write* put the data of each piece, from byte *at* of the whole on, where it belongs, and link it."""
+        image = self.image
+        at = 0
+        while at < size:
+            async with image.lock:
+                piece = await self._prepare(guest_offset + at, size - at)
+                epoch = image.epoch
+                epoch.count += 1
+            try:
+                await write(piece, at)
+            except BaseException:
+                if piece.in_flight is not None:
+                    with trio.CancelScope(shield=True):
+                        await self._undo(piece)
+                raise
+            finally:
+                epoch.count -= 1
+            at += piece.length
+            if piece.in_flight is not None:
+                with trio.CancelScope(shield=True):
+                    await self._link(piece)
+
+    async def _prepare(self, guest_offset: int, size: int) -> Piece:
+        image, bits = self.image, self.image.cluster_bits
+        size = min(size, _MAX_BYTES)
+        first = guest_offset >> bits
+        while True:
+            end = ((guest_offset + size - 1) >> bits) + 1
+            conflict = self._conflict(first, end)
+            if conflict is None:
+                break
+            if conflict.first > first:
+                size = (conflict.first << bits) - guest_offset
+            else:
+                await self.wait_free(first, first + 1)
+        item = await self.tables.find_writable(guest_offset)
+        entries = item.entries
+        at = first & self.tables.entry_mask
+        limit = min(self.tables.slice_entries, at + end - first)
+        kind, host_offset, number = mapping.extent(entries, at, limit, image.cluster_size)
+        entry = entries[at]
+        if kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED) and image.header.version < 3:
+            raise await image.corrupt(
+                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+            )
+        keep = not mapping.needs_allocation(entry)
+        if keep:
+            if host_offset & image.cluster_mask:
+                name = "Preallocated zero" if entry & ondisk.ZERO else "Data"
+                raise await image.corrupt(
+                    f"{name} cluster offset {host_offset:#x} unaligned (guest offset: {guest_offset:#x})"
+                )
+            number = self._copied_run(entries, at, number)
+        else:
+            number = mapping.allocation_run(entries, at, limit)
+        first_entry, last_entry = entry, entries[at + number - 1]
+        if not keep:
+            host_offset = await self.refcounts.allocate(number)
+        in_cluster = guest_offset & image.cluster_mask
+        length = min(size, (number << bits) - in_cluster)
+        piece = Piece(guest_offset, host_offset + in_cluster, length, None)
+        try:
+            await image.check_overlap(piece.host_offset, length)
+        except BlockIOError:
+            if not keep and image.usable:
+                await self.refcounts.abandon(host_offset, number)
+            raise
+        if not keep or kind != mapping.DATA:
+            piece.fresh = not keep
+            piece.first_entry, piece.last_entry = first_entry, last_entry
+            piece.in_flight = InFlight(first, first + number)
+            self._in_flight.append(piece.in_flight)
+        return piece
+
+    @staticmethod
+    def _copied_run(entries: array[int], at: int, number: int) -> int:
+        """How many of the *number* entries from *at* on may be written in place."""
+        for index in range(at, at + number):
+            if not entries[index] & ondisk.COPIED:
+                return index - at
+        return number
+
+    async def _write(self, piece: Piece, bufs: Buffers) -> None:
+        image = self.image
+        if piece.in_flight is not None:
+            mask = image.cluster_mask
+            head = piece.guest_offset & mask
+            tail = -(piece.guest_offset + piece.length) & mask
+            if head or tail:
+                await self._write_with_surroundings(piece, bufs, head, tail)
+                return
+        await image.announce("write_aio")
+        await image.file.pwritev(piece.host_offset, bufs)
+
+    async def _write_with_surroundings(self, piece: Piece, bufs: Buffers, head: int, tail: int) -> None:
+        """Write *bufs* and the *head* and *tail* bytes that fill up the first and the last cluster."""
+        image, file = self.image, self.image.file
+        start, end = piece.guest_offset, piece.guest_offset + piece.length
+        host_start = piece.host_offset - head
+        zero_head = not head or self._is_zero(piece.first_entry, start - head, head)
+        zero_tail = not tail or self._is_zero(piece.last_entry, end, tail)
+        if zero_head and zero_tail and await self._zero_space(piece, host_start, head + piece.length + tail):
+            await image.announce("write_aio")
+            await file.pwritev(piece.host_offset, bufs)
+            return
+        before, after = memoryview(bytearray(head)), memoryview(bytearray(tail))
+        if head and tail and not (zero_head and zero_tail) and piece.length <= _MERGE_READS:
+            whole = memoryview(bytearray(head + piece.length + tail))
+            await image.announce("cow_read")
+            await self._read_guest(start - head, (whole,))
+            before, after = whole[:head], whole[head + piece.length :]
+        else:
+            if head and not zero_head:
+                await image.announce("cow_read")
+                await self._read_guest(start - head, (before,))
+            if tail and not zero_tail:
+                await image.announce("cow_read")
+                await self._read_guest(end, (after,))
+        await image.announce("write_aio")
+        await image.announce("cow_write")
+        await file.pwritev(host_start, [part for part in (before, *bufs, after) if len(part)])
+
+    def _is_zero(self, entry: int, guest_offset: int, length: int) -> bool:
+        """Whether the bytes, in the cluster of the old *entry*, are known to read as zeroes."""
+        kind = mapping.kind_of(entry)
+        if kind == mapping.UNALLOCATED:
+            return self._reads_zero(guest_offset, length)
+        return kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED)
+
+    async def _zero_space(self, piece: Piece, host_offset: int, length: int) -> bool:
+        """Make the space of *piece* zero without writing buffers; False if that cannot be done."""
+        file = self.image.file
+        if file.debug_event is None and host_offset >= file.driver.length:
+            return True  # past the end of the file all is zero
+        if not self._file_zeroes:
+            return False
+        await self.image.check_overlap(host_offset, length)
+        await self.image.announce("cluster_alloc_space")
+        try:
+            await file.pwrite_zeroes(host_offset, length, NO_FALLBACK)
+        except NotSupported:
+            self._file_zeroes = False
+            return False
+        return True
+
+    async def _link(self, piece: Piece) -> None:
+        """Enter the clusters of *piece* into the L2 table."""
+        image, in_flight = self.image, piece.in_flight
+        assert in_flight is not None
+        linked = False
+        try:
+            async with image.lock:
+                try:
+                    item = await self.tables.find_writable(piece.guest_offset)
+                    item.dirty = True
+                    self.refcounts.needs_flush = True
+                    self._enter(item.entries, piece, in_flight)
+                    linked = True
+                finally:
+                    if not linked and piece.fresh and image.usable:
+                        await self.refcounts.abandon(
+                            piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first
+                        )
+                    self._in_flight.remove(in_flight)
+        finally:
+            in_flight.finish()
+
+    def _enter(self, entries: array[int], piece: Piece, in_flight: InFlight) -> None:
+        image = self.image
+        entry = piece.host_offset & ~image.cluster_mask | ondisk.COPIED
+        at = in_flight.first & self.tables.entry_mask
+        for index in range(at, at + in_flight.end - in_flight.first):
+            old = entries[index]
+            entries[index] = entry
+            if piece.fresh and old:
+                self.free_entry(old)
+            entry += image.cluster_size
+
+    async def _undo(self, piece: Piece) -> None:
+        """The data of *piece* could not be written: give its clusters back and let others try."""
+        image, in_flight = self.image, piece.in_flight
+        assert in_flight is not None
+        try:
+            async with image.lock:
+                if piece.fresh and image.usable:
+                    await self.refcounts.abandon(
+                        piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first
+                    )
+                self._in_flight.remove(in_flight)
+        finally:
+            in_flight.finish()
+
+    # -- giving up clusters ---------------------------------------------------------------------
+
+    def free_entry(self, entry: int, *, discard: bool = False) -> None:
+        """The L2 *entry* is not in its table any more: free what it referred to."""
+        image = self.image
+        kind = mapping.kind_of(entry)
+        if kind == mapping.COMPRESSED:
+            self.refcounts.free(*ondisk.parse_compressed(entry, image.cluster_bits), discard=discard)
+        elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED) and not (entry & ondisk.OFFSET_MASK) & image.cluster_mask:
+            self.refcounts.free(entry & ondisk.OFFSET_MASK, image.cluster_size, discard=discard)

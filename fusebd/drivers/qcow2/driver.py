@@ -1,0 +1,433 @@
+"""qcow2: images with allocation on demand, backing files, compressed clusters and internal snapshots.
+
+Options: QAPI BlockdevOptionsQcow2.  Layout: QEMU docs/interop/qcow2.txt.  Behaviour: QEMU block/qcow2.c.
+
+A request within one cluster that has data of its own, in an L2 slice that is cached, goes to the file at once.  All
+others are cut into extents of one kind (``mapping``); what changes the mapping goes through ``allocation``,
+``zeroing`` or ``resize``, under ``Image.lock``.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from fusebd.block.blockstatus import block_status_above
+from fusebd.block.child import fill_zeroes, slice_buffers
+from fusebd.block.driver import (
+    BlockStatus,
+    Buffers,
+    Child,
+    FormatDriver,
+    Node,
+    Preallocation,
+    Status,
+    nbytes,
+    register,
+)
+from fusebd.block.opening import Opening
+from fusebd.block.options import Json
+from fusebd.block.perms import Role
+from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.allocation import Allocator
+from fusebd.drivers.qcow2.header import Header, read_header
+from fusebd.drivers.qcow2.image import Image, Mutex
+from fusebd.drivers.qcow2.options import (
+    OL_BITMAP_DIRECTORY,
+    OL_INACTIVE_L1,
+    OL_MAIN_HEADER,
+    OL_SNAPSHOT_TABLE,
+    Qcow2Options,
+    cache_sizes,
+    overlap_mask,
+)
+from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.drivers.qcow2.repair import rebuild_refcounts
+from fusebd.drivers.qcow2.resize import Resizer
+from fusebd.drivers.qcow2.snapshots import Snapshot, read_snapshots
+from fusebd.drivers.qcow2.tables import Slice, Tables
+from fusebd.drivers.qcow2.zeroing import Zeroer
+from fusebd.errors import BlockIOError, FusebdError, ImageError, OptionError
+from fusebd.ondisk import qcow2 as ondisk
+
+_NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO
+
+
+@register("qcow2", Qcow2Options)
+class Qcow2(FormatDriver):
+    """One open image."""
+
+    strong_options = frozenset({"encrypt"})
+
+    def __init__(
+        self,
+        node: Node,
+        image: Image,
+        tables: Tables,
+        refcounts: Refcounts,
+        snapshots: list[Snapshot],
+        backing: Child | None,
+    ) -> None:
+        super().__init__(node)
+        self._image, self._tables, self._refcounts = image, tables, refcounts
+        self._file, self._backing = image.file, backing
+        self._snapshots = snapshots
+        self._backing_name = image.header.backing_file
+        options = node.options
+        assert isinstance(options, Qcow2Options)
+        self._allocator = Allocator(image, tables, refcounts, self._read_extents, self._reads_zero_below)
+        self._zeroer = Zeroer(image, tables, refcounts, self._allocator, options)
+        self._resizer = Resizer(image, tables, refcounts, self._allocator, self._zeroer, self.pwritev)
+        self._flushing = Mutex()
+        self._sealed = 0  #: lists of freed clusters that the flush under way makes releasable
+        self._inflated: tuple[int, bytes] = (-1, b"")  #: the compressed cluster that was read last, by its L2 entry
+        self.length = image.header.size
+        self.limits.pwrite_zeroes_alignment = self.limits.pdiscard_alignment = image.cluster_size
+
+    # -- opening --------------------------------------------------------------------------------
+
+    @classmethod
+    def probe(cls, data: bytes, name: str) -> int:
+        return 100 if data[:4] == ondisk.MAGIC and len(data) >= 8 and int.from_bytes(data[4:8], "big") >= 2 else 0
+
+    @classmethod
+    async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
+        if options.encrypt:
+            raise OptionError("Encrypted qcow2 images are not supported")
+        if options.data_file:
+            raise OptionError("External data files of qcow2 images are not supported")
+        node = opening.node
+        file = await opening.child("file", options.file, Role.IMAGE)
+        header = await read_header(file, read_only=opening.read_only)
+        if header.extended_l2:
+            raise ImageError("Unsupported qcow2 feature(s): extended L2 entries")
+        sizes = cache_sizes(options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
+        image = Image(node, file, header, overlap_mask(options.overlap_check))
+        image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
+        refcounts = Refcounts(image, sizes.refcount_blocks)
+        tables = Tables(image, refcounts, slice_bytes=sizes.slice_bytes, max_slices=sizes.slices)
+        await refcounts.load()
+        await tables.load()
+        snapshots, table_length = await read_snapshots(file, header)
+        image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, table_length)
+        for snapshot in snapshots:
+            image.metadata.add(OL_INACTIVE_L1, snapshot.l1_table_offset, snapshot.l1_size * 8)
+        image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
+        if not opening.read_only:
+            await _prepare_for_writing(image, tables, refcounts, snapshots, table_length)
+        backing = await _open_backing(opening, options, header, file)
+        return cls(node, image, tables, refcounts, snapshots, backing)
+
+    async def close(self) -> None:
+        """Write back all metadata and give back what was freed."""
+        if self.node.read_only or not self._image.usable:
+            return
+        if self._refcounts.waiting:
+            await self.flush()
+        async with self._image.lock:
+            await self._tables.write_back()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        """Fill *bufs*.  Suspends where the children do, and for the lock while an L2 slice is read."""
+        image, tables = self._image, self._tables
+        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
+        item = tables.slices.get(offset >> tables.slice_shift)
+        if item is not None:
+            in_cluster = offset & image.cluster_mask
+            if in_cluster + size <= image.cluster_size:
+                entry = item.entries[offset >> image.cluster_bits & tables.entry_mask]
+                host_offset = entry & ondisk.OFFSET_MASK
+                if host_offset and not entry & _NOT_DATA and not host_offset & image.cluster_mask:
+                    item.used = True
+                    await self._read_data(host_offset + in_cluster, bufs)
+                    return
+        await self._read_extents(offset, bufs)
+
+    async def _read_data(self, host_offset: int, bufs: Buffers) -> None:
+        file = self._file
+        epoch = self._image.epoch
+        epoch.count += 1
+        try:
+            if file.debug_event is not None:
+                await file.debug_event("read_aio")
+            await file.preadv(host_offset, bufs)
+        finally:
+            epoch.count -= 1
+
+    async def _slice(self, offset: int) -> Slice | None:
+        """The slice that maps *offset*, from the cache or from the file."""
+        item = self._tables.slices.get(offset >> self._tables.slice_shift)
+        if item is not None:
+            item.used = True
+            return item
+        async with self._image.lock:
+            return await self._tables.find(offset)
+
+    async def _read_extents(self, offset: int, bufs: Buffers) -> None:
+        """Fill *bufs*, whatever they cross."""
+        image = self._image
+        size = nbytes(bufs)
+        done = 0
+        while done < size:
+            at = offset + done
+            kind, host_offset, length = await self._extent(at, size - done)
+            part = slice_buffers(bufs, done, done + length)
+            done += length
+            if kind == mapping.DATA:
+                await self._read_data(host_offset + (at & image.cluster_mask), part)
+            elif kind == mapping.COMPRESSED:
+                await self._read_compressed(host_offset, at & image.cluster_mask, part)
+            elif kind == mapping.UNALLOCATED and self._backing is not None:
+                if self._file.debug_event is not None:
+                    await self._file.debug_event("read_backing_aio")
+                await self._backing.preadv(at, part)
+            else:
+                fill_zeroes(part)
+
+    async def _extent(self, offset: int, size: int) -> tuple[int, int, int]:
+        """What *offset* is mapped to: (kind, the cluster's host offset or compressed entry, bytes, up to *size*)."""
+        image, tables = self._image, self._tables
+        item = await self._slice(offset)
+        bits = image.cluster_bits
+        in_cluster = offset & image.cluster_mask
+        at = offset >> bits & tables.entry_mask
+        limit = min(tables.slice_entries, at + ((in_cluster + size - 1) >> bits) + 1)
+        if item is None:
+            return mapping.UNALLOCATED, 0, min(size, ((tables.slice_entries - at) << bits) - in_cluster)
+        kind, host_offset, number = mapping.extent(item.entries, at, limit, image.cluster_size)
+        if kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED) and image.header.version < 3:
+            raise await image.corrupt(
+                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+            )
+        if kind in (mapping.DATA, mapping.ZERO_ALLOCATED) and host_offset & image.cluster_mask:
+            name = "Preallocated zero cluster" if kind == mapping.ZERO_ALLOCATED else "Cluster allocation"
+            raise await image.corrupt(
+                f"{name} offset {host_offset:#x} unaligned (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+            )
+        return kind, host_offset, min(size, (number << bits) - in_cluster)
+
+    async def _read_compressed(self, entry: int, in_cluster: int, bufs: Buffers) -> None:
+        """Fill *bufs* from byte *in_cluster* on of the cluster that the L2 *entry* describes."""
+        image = self._image
+        if self._inflated[0] != entry:
+            host_offset, length = ondisk.parse_compressed(entry, image.cluster_bits)
+            epoch = image.epoch
+            epoch.count += 1
+            try:
+                await image.announce("read_compressed")
+                data = await image.read(host_offset, length)
+            finally:
+                epoch.count -= 1
+            self._inflated = entry, self._inflate(data)
+        at = in_cluster
+        for buf in bufs:
+            buf[:] = self._inflated[1][at : at + len(buf)]
+            at += len(buf)
+
+    def _inflate(self, data: bytes | bytearray) -> bytes:
+        size = self._image.cluster_size
+        try:
+            cluster = zlib.decompressobj(-12).decompress(data, size)
+        except zlib.error:
+            cluster = b""
+        if len(cluster) != size:
+            raise self._image.error("read", reason="compressed cluster cannot be decompressed")
+        return cluster
+
+    # -- writing --------------------------------------------------------------------------------
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        """Write *bufs*.  Suspends where the children do, and for the lock when the mapping has to change."""
+        image, tables = self._image, self._tables
+        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
+        if not image.usable:
+            image.check_usable()
+        item = tables.slices.get(offset >> tables.slice_shift)
+        if item is not None and image.metadata.simple:
+            in_cluster = offset & image.cluster_mask
+            if in_cluster + size <= image.cluster_size:
+                entry = item.entries[offset >> image.cluster_bits & tables.entry_mask]
+                host_offset = entry & ondisk.OFFSET_MASK
+                if (
+                    host_offset
+                    and entry & ondisk.COPIED
+                    and not entry & _NOT_DATA
+                    and not host_offset & image.cluster_mask
+                    and host_offset >> image.cluster_bits not in image.metadata.clusters
+                ):
+                    item.used = True
+                    file = self._file
+                    epoch = image.epoch
+                    epoch.count += 1
+                    try:
+                        if file.debug_event is not None:
+                            await file.debug_event("write_aio")
+                        await file.pwritev(host_offset + in_cluster, bufs)
+                    finally:
+                        epoch.count -= 1
+                    return
+        await self._allocator.pwritev(offset, bufs, size)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Zero whole clusters by their L2 entries; NotSupported for parts of one that is not zero anyway."""
+        image = self._image
+        image.check_usable()
+        head = offset & image.cluster_mask
+        tail = -(offset + length) & image.cluster_mask
+        if head or tail:
+            end = min(offset + length + tail, self.length)
+            if not await self._reads_zero(offset - head, head) or not await self._reads_zero(
+                offset + length, end - offset - length
+            ):
+                raise self._zeroer.refuse("write zeroes")
+            offset, length = offset - head, head + length + tail
+        await self._zeroer.zeroize(offset, length, flags)
+        await self._limit_waiting()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Give up whole clusters; NotSupported for parts of one, but for the last one if the image ends in it."""
+        image = self._image
+        image.check_usable()
+        if offset + length == self.length:
+            length = (length + image.cluster_mask) & ~image.cluster_mask
+        if (offset | length) & image.cluster_mask:
+            raise self._zeroer.refuse("discard")
+        await self._zeroer.discard(offset, length, has_backing=self._backing is not None)
+        await self._limit_waiting()
+
+    async def _limit_waiting(self) -> None:
+        """Freed clusters come back with the next flush; where none comes, make one."""
+        if self._refcounts.crowded:
+            await self.flush()
+
+    def _reads_zero_below(self, offset: int, length: int) -> bool:
+        """Whether unallocated bytes from *offset* on are known to be zeroes."""
+        return self._backing is None or offset >= self._backing.node.driver.length
+
+    async def _reads_zero(self, offset: int, length: int) -> bool:
+        """Whether all the bytes are known to read as zeroes."""
+        while length > 0:
+            status = await block_status_above(self.node, offset, length)
+            if status.length and not status.flags & Status.ZERO:
+                return False
+            if not status.length:
+                return True
+            offset, length = offset + status.length, length - status.length
+        return True
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int) -> BlockStatus:
+        kind, host_offset, length = await self._extent(offset, length)
+        in_cluster = offset & self._image.cluster_mask
+        if kind == mapping.DATA:
+            # A hole of the file may be in it, so that preallocated clusters are known to be zeroes.
+            flags = Status.DATA | Status.OFFSET_VALID | Status.RECURSE
+            return BlockStatus(flags, length, host_offset + in_cluster, self._file.node)
+        if kind == mapping.ZERO_ALLOCATED:
+            return BlockStatus(Status.ZERO | Status.OFFSET_VALID, length, host_offset + in_cluster, self._file.node)
+        if kind == mapping.ZERO_PLAIN:
+            return BlockStatus(Status.ZERO, length)
+        if kind == mapping.COMPRESSED:
+            return BlockStatus(Status.DATA | Status.COMPRESSED, length)
+        return BlockStatus(Status.NONE, length)
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
+    ) -> None:
+        self._image.check_usable()
+        await self._resizer.truncate(
+            self.length,
+            length,
+            prealloc,
+            zero=zero,
+            nb_snapshots=len(self._snapshots),
+            nb_bitmaps=self._image.header.nb_bitmaps,
+        )
+
+    async def flush_to_os(self) -> None:
+        """Write the cached metadata to the file, in the order that a crash asks for."""
+        if self.node.read_only or not self._image.usable:
+            return
+        async with self._image.lock:
+            await self._tables.write_back()
+            self._sealed = self._refcounts.sealed()
+
+    async def flush(self) -> None:
+        """Make everything durable, and only then take down the refcounts of what was freed before."""
+        async with self._flushing:
+            self._sealed = 0
+            await super().flush()
+            if self._sealed and self._image.usable:
+                async with self._image.lock:
+                    await self._refcounts.release(self._sealed)
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    def format_info(self) -> dict[str, Json]:
+        header = self._image.header
+        data: dict[str, Json] = {
+            "compat": "0.10",
+            "compression-type": "zlib",
+            "refcount-bits": 1 << header.refcount_order,
+        }
+        if header.version >= 3:
+            data |= {
+                "compat": "1.1",
+                "lazy-refcounts": bool(header.compatible_features & ondisk.COMPAT_LAZY_REFCOUNTS),
+                "corrupt": bool(header.incompatible_features & ondisk.INCOMPAT_CORRUPT),
+                "extended-l2": False,
+            }
+        info: dict[str, Json] = {
+            "cluster-size": header.cluster_size,
+            "dirty-flag": bool(header.incompatible_features & ondisk.INCOMPAT_DIRTY),
+            "format-specific": {"type": "qcow2", "data": data},
+        }
+        if self._snapshots:
+            info["snapshots"] = [snapshot.info() for snapshot in self._snapshots]
+        if self._backing_name:
+            info["backing-filename"] = self._backing_name
+            if header.backing_format:
+                info["backing-filename-format"] = header.backing_format
+        return info
+
+
+async def _prepare_for_writing(
+    image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot], snapshot_table_length: int
+) -> None:
+    """What has to be right in the image before anything is changed in it."""
+    header = image.header
+    if header.version >= 3 and header.autoclear_features:
+        # Nothing here keeps bitmaps up to date, so that from now on they are not.
+        await image.write(ondisk.AUTOCLEAR_OFFSET, bytes(8))
+        header.autoclear_features = 0
+    if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
+        try:
+            await rebuild_refcounts(image, tables, refcounts, snapshots, snapshot_table_length)
+        except FusebdError as error:
+            raise error.prefixed("Could not repair dirty image") from None
+        await image.set_incompatible(header.incompatible_features & ~ondisk.INCOMPAT_DIRTY)
+
+
+async def _open_backing(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:
+    """The backing child: the one that the options give, else the one that the image names."""
+    given = options.backing
+    if given is None:
+        return None
+    if given:
+        if given.reference == "":
+            return None
+        return await opening.child("backing", given, Role.COW)
+    if not header.backing_file:
+        return None
+    try:
+        return await opening.child_by_filename(
+            "backing",
+            header.backing_file,
+            Role.COW,
+            driver=header.backing_format or None,
+            base=file.node.driver.filename,
+        )
+    except (FusebdError, BlockIOError) as error:
+        raise error.prefixed("Could not open backing file") from None

@@ -1,0 +1,229 @@
+"""What all parts of the qcow2 driver share: geometry, the lock on metadata, the metadata map, corruption.
+
+Metadata is changed only by the holder of ``Image.lock``.  A request on clusters that are allocated already takes no
+lock; it counts itself in the current ``Epoch`` instead, so that a cluster that it may still be using is not given
+to somebody else (``fusebd.drivers.qcow2.refcounts``).
+
+Overlap checks and corruption: QEMU qcow2_pre_write_overlap_check, qcow2_signal_corruption.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from bisect import bisect_right
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from fusebd.block.child import Child
+from fusebd.block.node import Node
+from fusebd.drivers.qcow2.header import Header
+from fusebd.drivers.qcow2.options import OVERLAP_NAMES
+from fusebd.errors import BlockIOError
+from fusebd.ondisk import qcow2 as ondisk
+
+log = logging.getLogger(__name__)
+
+
+class Mutex:
+    """A fair lock that does not suspend when it is free (``trio.Lock`` always does).
+
+    ``async with mutex``.  Only the task that waits can be woken, in the order of arrival.
+    """
+
+    __slots__ = ("_held", "_waiting")
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: deque[trio.Event] = deque()
+
+    async def __aenter__(self) -> None:
+        if not self._held:
+            self._held = True
+            return
+        turn = trio.Event()
+        self._waiting.append(turn)
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():
+                self.release()
+            else:
+                self._waiting.remove(turn)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the next in turn have it: the lock is never free while somebody waits."""
+        if self._waiting:
+            self._waiting.popleft().set()
+        else:
+            self._held = False
+
+
+class Epoch:
+    """A span of time; ``count`` requests that began in it are still using host clusters."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class MetadataMap:
+    """Which host clusters hold metadata that a write is checked against; kinds are ``OL_`` bits."""
+
+    def __init__(self, enabled: int, cluster_bits: int) -> None:
+        self.enabled = enabled
+        self._cluster_bits = cluster_bits
+        self.clusters: dict[int, int] = {}
+        self._starts: list[int] = []  # of areas in the order of their offsets, not overlapping
+        self._ends: list[int] = []
+        self._area_kind = 0
+
+    def add(self, kind: int, offset: int, length: int) -> None:
+        """The bytes from *offset* on are metadata of *kind*."""
+        if kind & self.enabled and length:
+            bits = self._cluster_bits
+            for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
+                self.clusters[cluster] = self.clusters.get(cluster, 0) | kind
+
+    def remove(self, kind: int, offset: int, length: int) -> None:
+        """The bytes from *offset* on are no longer metadata of *kind*."""
+        if kind & self.enabled and length:
+            bits = self._cluster_bits
+            for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
+                left = self.clusters.pop(cluster, 0) & ~kind
+                if left:
+                    self.clusters[cluster] = left
+
+    def set_areas(self, kind: int, areas: list[tuple[int, int]]) -> None:
+        """Keep (offset, length) *areas* of *kind*, which may be many and large, for ever."""
+        if not kind & self.enabled:
+            return
+        self._area_kind = kind
+        for offset, length in sorted(areas):
+            if self._ends and offset <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], offset + length)
+            else:
+                self._starts.append(offset)
+                self._ends.append(offset + length)
+
+    @property
+    def simple(self) -> bool:
+        """Whether looking into ``clusters`` is all that a check takes."""
+        return not self._starts
+
+    def overlap(self, offset: int, length: int, ignore: int = 0) -> int:
+        """The lowest bit of the kinds of metadata that the bytes from *offset* on overlap; 0 if there is none."""
+        bits = self._cluster_bits
+        first, last = offset >> bits, (offset + length - 1) >> bits
+        found = 0
+        for cluster in range(first, last + 1):
+            found |= self.clusters.get(cluster, 0)
+        if self._starts:
+            at = bisect_right(self._starts, ((last + 1) << bits) - 1) - 1
+            if at >= 0 and self._ends[at] > first << bits:
+                found |= self._area_kind
+        found &= ~ignore
+        return found & -found
+
+
+class Image:
+    """One open image: its header, what is below it, and the state of its health."""
+
+    def __init__(self, node: Node, file: Child, header: Header, overlap_mask: int) -> None:
+        self.node = node
+        self.file = file
+        self.header = header
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.cluster_mask = header.cluster_size - 1
+        self.lock = Mutex()
+        self.epoch = Epoch()
+        self.metadata = MetadataMap(overlap_mask, header.cluster_bits)
+        self.usable = True
+        self._signaled = False
+        #: called when the image becomes unusable
+        self.on_unusable: list[Any] = []
+
+    # -- errors ---------------------------------------------------------------------------------
+
+    def error(self, operation: str, *, code: int = errno.EIO, offset: int = -1, reason: str = "") -> BlockIOError:
+        """An error of this node, to be raised."""
+        return BlockIOError(code, node_name=self.node.name, operation=operation, offset=offset, reason=reason)
+
+    def check_usable(self) -> None:
+        """Raise ENOMEDIUM if a fatal corruption was found."""
+        if not self.usable:
+            raise self.error("request", code=errno.ENOMEDIUM)
+
+    async def corrupt(self, message: str, offset: int = -1, size: int = -1, *, fatal: bool = True) -> BlockIOError:
+        """Report the corruption *message*; if it is *fatal* and the image writable, nobody may use it any more.
+
+        *offset* and *size* (bytes of the file) are part of the event unless they are negative.
+        Returns the error to raise.  Suspends while the image is marked.
+        """
+        fatal = fatal and not self.node.read_only
+        header = self.header
+        error = self.error("request", reason=message)
+        if self._signaled and (not fatal or header.incompatible_features & ondisk.INCOMPAT_CORRUPT):
+            return error
+        self._signaled = True
+        if fatal:
+            log.error("qcow2: Marking image as corrupt: %s; further corruption events will be suppressed", message)
+        else:
+            log.error("qcow2: Image is corrupt: %s; further non-fatal corruption events will be suppressed", message)
+        data: dict[str, Any] = {"device": "", "node-name": self.node.name, "msg": message, "fatal": fatal}
+        if offset >= 0:
+            data["offset"] = offset
+        if size >= 0:
+            data["size"] = size
+        self.node.emit("BLOCK_IMAGE_CORRUPTED", data)
+        if fatal:
+            self.usable = False
+            for callback in self.on_unusable:
+                callback()
+            try:
+                await self.set_incompatible(header.incompatible_features | ondisk.INCOMPAT_CORRUPT)
+            except BlockIOError as failure:
+                log.error("%s: could not mark the image as corrupt: %s", self.node.name, failure)
+        return error
+
+    # -- writing metadata -----------------------------------------------------------------------
+
+    async def announce(self, event: str) -> None:
+        """Tell blkdebug, if it is below, that *event* is about to happen; raises what it injects."""
+        if self.file.debug_event is not None:
+            await self.file.debug_event(event)
+
+    async def check_overlap(self, offset: int, length: int, ignore: int = 0) -> None:
+        """Raise if a write of *length* bytes at the host *offset* would hit metadata other than of kind *ignore*."""
+        kind = self.metadata.overlap(offset, length, ignore)
+        if kind:
+            name = OVERLAP_NAMES[kind.bit_length() - 1][1]
+            raise await self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset, length)
+
+    async def write(self, offset: int, data: bytes | bytearray) -> None:
+        """Write *data* to the file at byte *offset*."""
+        await self.file.pwritev(offset, (memoryview(data),))
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """*length* bytes of the file from byte *offset* on; zeroes past its end."""
+        data = bytearray(length)
+        await self.file.preadv(offset, (memoryview(data),))
+        return data
+
+    async def set_incompatible(self, features: int) -> None:
+        """Store the incompatible feature bits *features* in the header, durably; version 2 has none to store."""
+        if self.header.version >= 3:
+            await self.write(ondisk.INCOMPATIBLE_OFFSET, features.to_bytes(8, "big"))
+            await self.file.flush()
+        self.header.incompatible_features = features

@@ -1,0 +1,432 @@
+"""Refcounts of host clusters: the cache of refcount blocks, allocation, and freeing.
+
+The order of writes rests on two rules.
+
+- A refcount that goes up is in a cached block at once, and all dirty blocks are written before an L2 slice is
+  (``fusebd.drivers.qcow2.tables``).  A block may therefore be written at any time: what is in it too early is a leak.
+- A refcount goes down only when the reference is durably gone.  A cluster that loses a reference is put on a list;
+  ``seal`` closes the list when the tables have been written, and ``release`` takes the counts down after the flush
+  that follows - and not before all requests have ended that began while the cluster was still referenced, since
+  they may be reading or writing it.  Until then nobody can allocate it.
+
+Growing of tables and messages: QEMU block/qcow2-refcount.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from array import array
+from collections import deque
+from dataclasses import dataclass
+
+from fusebd.drivers.qcow2.image import Epoch, Image
+from fusebd.drivers.qcow2.options import OL_REFCOUNT_BLOCK, OL_REFCOUNT_TABLE
+from fusebd.drivers.qcow2.refblock import RefcountWidth
+from fusebd.errors import BlockIOError
+from fusebd.ondisk import qcow2 as ondisk
+
+log = logging.getLogger(__name__)
+
+#: runs of freed clusters that may wait for a flush
+_MOST_WAITING = 4096
+
+
+class Block:
+    """A cached refcount block, entry *index* of the refcount table."""
+
+    __slots__ = ("data", "dirty", "host_offset", "index", "used")
+
+    def __init__(self, index: int, host_offset: int, data: bytearray) -> None:
+        self.index, self.host_offset, self.data = index, host_offset, data
+        self.dirty = False
+        self.used = True
+
+
+@dataclass(slots=True)
+class Freed:
+    """Host clusters that have lost one reference each, *discard* saying whether the file is told."""
+
+    first: int
+    count: int
+    discard: bool
+
+
+class Refcounts:
+    """All methods that suspend need ``Image.lock`` to be held by the caller."""
+
+    def __init__(self, image: Image, max_blocks: int) -> None:
+        self.image = image
+        self.width = RefcountWidth(image.header.refcount_order)
+        self.max_blocks = max_blocks
+        self.per_block = image.cluster_size * 8 >> image.header.refcount_order
+        self.table: array[int] = array("Q")
+        self.table_offset = image.header.refcount_table_offset
+        self.blocks: dict[int, Block] = {}
+        self.free_hint = 0  #: no cluster below this index is free
+        #: set when refcounts went up that tables about to be written rely on, until the file was flushed
+        self.needs_flush = False
+        self._freed: list[Freed] = []
+        self._sealed: deque[tuple[Epoch, list[Freed]]] = deque()
+        self._epochs: deque[Epoch] = deque()
+
+    async def load(self) -> None:
+        """Read the refcount table."""
+        image = self.image
+        length = image.header.refcount_table_clusters * image.cluster_size
+        image.metadata.add(OL_REFCOUNT_TABLE, self.table_offset, length)
+        await image.announce("reftable_load")
+        try:
+            self.table = array("Q", bytes(await image.read(self.table_offset, length)))
+        except BlockIOError as error:
+            raise error.prefixed("Could not initialize refcount handling") from None
+        self.table.byteswap()
+        for entry in self.table:
+            if offset := entry & ondisk.REFCOUNT_TABLE_OFFSET_MASK:
+                image.metadata.add(OL_REFCOUNT_BLOCK, offset, image.cluster_size)
+
+    # -- blocks ---------------------------------------------------------------------------------
+
+    def block_offset(self, index: int) -> int:
+        """Where refcount block *index* is in the file; 0 if it does not exist."""
+        return self.table[index] & ondisk.REFCOUNT_TABLE_OFFSET_MASK if index < len(self.table) else 0
+
+    async def block(self, index: int) -> Block:
+        """Refcount block *index*, which exists."""
+        block = self.blocks.get(index)
+        if block is not None:
+            block.used = True
+            return block
+        image = self.image
+        offset = self.block_offset(index)
+        if offset & image.cluster_mask:
+            raise await image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
+        await self._make_room()
+        block = Block(index, offset, await image.read(offset, image.cluster_size))
+        self.blocks[index] = block
+        return block
+
+    async def _make_room(self) -> None:
+        """Drop blocks that were not used lately until one more fits."""
+        while len(self.blocks) >= self.max_blocks:
+            block = next(iter(self.blocks.values()))
+            if block.used:
+                block.used = False
+                self.blocks[block.index] = self.blocks.pop(block.index)
+                continue
+            if block.dirty:
+                await self._write_block(block)
+            self.blocks.pop(block.index, None)
+
+    async def _write_block(self, block: Block) -> None:
+        image = self.image
+        await image.check_overlap(block.host_offset, image.cluster_size, OL_REFCOUNT_BLOCK)
+        await image.announce("refblock_update_part")
+        await image.write(block.host_offset, block.data)
+        block.dirty = False
+        self.needs_flush = True
+
+    async def write_back(self) -> None:
+        """Write all blocks that have changed; they are not durable before the file is flushed."""
+        first_error: BlockIOError | None = None
+        for block in [block for block in self.blocks.values() if block.dirty]:
+            try:
+                await self._write_block(block)
+            except BlockIOError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+
+    async def flush_file(self) -> None:
+        """Make everything that was written to the file durable, if tables that come next rely on it."""
+        if self.needs_flush:
+            self.needs_flush = False
+            try:
+                await self.image.file.flush()
+            except BaseException:
+                self.needs_flush = True
+                raise
+
+    async def get(self, cluster: int) -> int:
+        """The refcount of the host *cluster*."""
+        index, at = divmod(cluster, self.per_block)
+        if not self.block_offset(index):
+            return 0
+        return self.width.get((await self.block(index)).data, at)
+
+    # -- allocation -----------------------------------------------------------------------------
+
+    async def allocate(self, count: int, purpose: str = "data cluster") -> int:
+        """Take *count* free clusters in a row, refcount 1 each; the host offset of the first.  EFBIG, ENOSPC, EIO.
+
+        *purpose* is for the message if the image is so corrupt that its header seems to be free.
+        """
+        image = self.image
+        await image.announce("cluster_alloc")
+        while True:
+            first = await self._find_free(count)
+            if first == 0:
+                if purpose == "data cluster":
+                    await image.check_overlap(0, count << image.cluster_bits)
+                raise await image.corrupt(f"Preventing invalid allocation of {purpose} at offset 0")
+            if await self._cover(first, count):
+                break
+        try:
+            await self._set_ones(first, count)
+        except BlockIOError:
+            self.free_hint = min(self.free_hint, first)
+            raise
+        self.free_hint = first + count
+        return first << image.cluster_bits
+
+    async def _find_free(self, count: int) -> int:
+        """The first of *count* free clusters in a row, the lowest there are above the hint."""
+        per_block, width = self.per_block, self.width
+        limit = ondisk.MAX_CLUSTER_OFFSET >> self.image.cluster_bits
+        start = position = self.free_hint
+        while position - start < count:
+            index, at = divmod(position, per_block)
+            wanted = min(per_block - at, count - (position - start))
+            if self.block_offset(index):
+                data = (await self.block(index)).data
+                if position == start:
+                    at = width.find_zero(data, at)
+                    if at < 0:
+                        start = position = (index + 1) * per_block
+                        continue
+                    start = position = index * per_block + at
+                    wanted = min(per_block - at, count)
+                got = width.count_zeroes(data, at, at + wanted)
+                position += got
+                if got < wanted:
+                    start = position
+            else:
+                position += wanted
+            if position > limit:
+                raise self.image.error("allocate", code=errno.EFBIG)
+        return start
+
+    async def _cover(self, first: int, count: int) -> bool:
+        """Whether the clusters have refcount blocks; if not, one block was made, and clusters were used for it."""
+        for index in range(first // self.per_block, (first + count - 1) // self.per_block + 1):
+            await self.image.announce("refblock_alloc")
+            if not self.block_offset(index):
+                if index >= len(self.table):
+                    await self._grow_table(index)
+                else:
+                    await self._add_block(index)
+                return False
+            await self.image.announce("refblock_load")
+        return True
+
+    async def _set_ones(self, first: int, count: int) -> None:
+        done, end = first, first + count
+        try:
+            while done < end:
+                index, at = divmod(done, self.per_block)
+                stop = min(self.per_block, at + end - done)
+                block = await self.block(index)
+                self.width.set_ones(block.data, at, stop)
+                block.dirty = True
+                done += stop - at
+        except BlockIOError:
+            if done > first:
+                await self.update(first, done - first, -1)
+            raise
+
+    async def update(self, first: int, count: int, delta: int) -> None:
+        """Add *delta* to the refcounts of clusters; all have refcount blocks.
+
+        Raises EINVAL, with nothing changed from the offending cluster on, where a count would leave its range.
+        """
+        done, end = first, first + count
+        while done < end:
+            index, at = divmod(done, self.per_block)
+            stop = min(self.per_block, at + end - done)
+            if not self.block_offset(index):
+                raise self.image.error("update refcount", code=errno.EINVAL, offset=done << self.image.cluster_bits)
+            block = await self.block(index)
+            for position in range(at, stop):
+                value = self.width.get(block.data, position) + delta
+                if not 0 <= value <= self.width.maximum:
+                    raise self.image.error("update refcount", code=errno.EINVAL, offset=done << self.image.cluster_bits)
+                self.width.set(block.data, position, value)
+                block.dirty = True
+                if not value and done < self.free_hint:
+                    self.free_hint = done
+                done += 1
+
+    # -- refcount blocks and table that grow ----------------------------------------------------
+
+    async def _add_block(self, index: int) -> None:
+        """Make refcount block *index*, for which the table has room."""
+        image = self.image
+        cluster = await self._find_free(1)
+        host_offset = cluster << image.cluster_bits
+        if host_offset == 0:
+            raise await image.corrupt("Preventing invalid allocation of refcount block at offset 0")
+        own_index, at = divmod(cluster, self.per_block)
+        if own_index != index:
+            if not await self._cover(cluster, 1):
+                return
+            await self._set_ones(cluster, 1)
+            await self.write_back()
+        block = Block(index, host_offset, bytearray(image.cluster_size))
+        if own_index == index:
+            self.width.set(block.data, at, 1)
+        try:
+            await image.check_overlap(host_offset, image.cluster_size)
+            await image.announce("refblock_alloc_write")
+            await image.announce("refblock_update_part")
+            await image.write(host_offset, block.data)
+            await image.file.flush()
+            await image.announce("refblock_alloc_hookup")
+            await image.write(self.table_offset + 8 * index, host_offset.to_bytes(8, "big"))
+        except BlockIOError:
+            if own_index != index:
+                await self.update(cluster, 1, -1)
+            raise
+        await self._enter(block)
+        self.needs_flush = True
+
+    async def _enter(self, block: Block) -> None:
+        self.table[block.index] = block.host_offset
+        self.image.metadata.add(OL_REFCOUNT_BLOCK, block.host_offset, self.image.cluster_size)
+        await self._make_room()
+        self.blocks[block.index] = block
+
+    async def _grow_table(self, index: int) -> None:
+        """Give the table an entry *index*: no refcount block exists from there on, so all of that space is free.
+
+        A new table, half as long again as is needed, and the blocks that cover it and themselves are put there.
+        """
+        image = self.image
+        await image.announce("refblock_alloc_write")
+        await image.announce("reftable_grow")
+        first = index * self.per_block
+        nb_blocks = 1
+        while True:
+            entries = index + nb_blocks + (index + nb_blocks + 1) // 2
+            table_clusters = -(-entries * 8 // image.cluster_size)
+            needed = -(-(nb_blocks + table_clusters) // self.per_block)
+            if needed <= nb_blocks:
+                break
+            nb_blocks = needed
+        if table_clusters * image.cluster_size > ondisk.MAX_REFCOUNT_TABLE_BYTES:
+            raise image.error("allocate", code=errno.EFBIG)
+        host_offset = first << image.cluster_bits
+        table_offset = host_offset + (nb_blocks << image.cluster_bits)
+        used = nb_blocks + table_clusters
+        table = array("Q", bytes(table_clusters * image.cluster_size))
+        table[: len(self.table)] = self.table
+        blocks = []
+        for number in range(nb_blocks):
+            data = bytearray(image.cluster_size)
+            self.width.set_ones(data, 0, max(0, min(self.per_block, used - number * self.per_block)))
+            blocks.append(Block(index + number, host_offset + (number << image.cluster_bits), data))
+            table[index + number] = blocks[-1].host_offset
+        await image.check_overlap(host_offset, used << image.cluster_bits)
+        await image.announce("refblock_alloc_write_blocks")
+        for block in blocks:
+            await image.announce("refblock_update_part")
+            await image.write(block.host_offset, block.data)
+        swapped = array("Q", table)
+        swapped.byteswap()
+        await image.announce("refblock_alloc_write_table")
+        await image.write(table_offset, swapped.tobytes())
+        await image.file.flush()
+        await image.announce("refblock_alloc_switch_table")
+        fields = {"refcount_table_offset": table_offset, "refcount_table_clusters": table_clusters}
+        await image.write(ondisk.REFCOUNT_TABLE_FIELDS_OFFSET, ondisk.REFCOUNT_TABLE_FIELDS.build(fields))
+        old_offset, old_length = self.table_offset, len(self.table) * 8
+        self.table, self.table_offset = table, table_offset
+        image.header.refcount_table_offset, image.header.refcount_table_clusters = table_offset, table_clusters
+        image.metadata.remove(OL_REFCOUNT_TABLE, old_offset, old_length)
+        image.metadata.add(OL_REFCOUNT_TABLE, table_offset, table_clusters * image.cluster_size)
+        for block in blocks:
+            await self._enter(block)
+        self.needs_flush = True
+        self.free(old_offset, old_length)
+
+    # -- freeing --------------------------------------------------------------------------------
+
+    def free(self, host_offset: int, length: int, *, discard: bool = False) -> None:
+        """One reference to each cluster that the bytes from *host_offset* on touch is gone from the cached tables.
+
+        *discard*: tell the file about those that nobody references then.
+        """
+        bits = self.image.cluster_bits
+        first = host_offset >> bits
+        count = ((host_offset + length - 1) >> bits) + 1 - first
+        if self._freed:
+            last = self._freed[-1]
+            if last.first + last.count == first and last.discard == discard:
+                last.count += count
+                return
+        self._freed.append(Freed(first, count, discard))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits to be released that somebody should flush."""
+        return len(self._freed) + sum(len(freed) for _, freed in self._sealed) > _MOST_WAITING
+
+    @property
+    def waiting(self) -> bool:
+        """Whether freed clusters wait for ``seal`` or ``release``."""
+        return bool(self._freed or self._sealed)
+
+    def seal(self) -> None:
+        """All tables have been written: what was freed so far may be released after the next flush of the file."""
+        if self._freed:
+            freed, self._freed = self._freed, []
+            epoch, self.image.epoch = self.image.epoch, Epoch()
+            self._epochs.append(epoch)
+            self._sealed.append((epoch, freed))
+
+    def sealed(self) -> int:
+        """How many lists are sealed now; what ``release`` wants, if the file is flushed after this call."""
+        return len(self._sealed)
+
+    async def release(self, lists: int) -> None:
+        """Take down the refcounts of the first *lists* sealed lists, except where requests are still under way.
+
+        An error leaks clusters; it is logged.
+        """
+        while lists and self._sealed:
+            while self._epochs and not self._epochs[0].count:
+                self._epochs.popleft()
+            epoch, freed = self._sealed[0]
+            if epoch in self._epochs:
+                return
+            self._sealed.popleft()
+            lists -= 1
+            for item in freed:
+                try:
+                    await self._release(item)
+                except BlockIOError as error:
+                    log.error("%s: qcow2_free_clusters failed: %s", self.image.node.name, error)
+
+    async def _release(self, item: Freed) -> None:
+        await self.update(item.first, item.count, -1)
+        if not item.discard:
+            return
+        bits = self.image.cluster_bits
+        start = end = item.first
+        for cluster in range(item.first, item.first + item.count + 1):
+            if cluster < item.first + item.count and not await self.get(cluster):
+                end = cluster + 1
+                continue
+            if start < end:
+                try:
+                    await self.image.file.pdiscard(start << bits, (end - start) << bits)
+                except BlockIOError as error:
+                    log.debug("%s: discard of freed clusters: %s", self.image.node.name, error)
+            start = end = cluster + 1
+
+    async def abandon(self, host_offset: int, count: int) -> None:
+        """Give back *count* clusters that were allocated but never referenced from any table."""
+        await self.image.announce("cluster_free")
+        try:
+            await self.update(host_offset >> self.image.cluster_bits, count, -1)
+        except BlockIOError as error:
+            log.error("%s: qcow2_free_clusters failed: %s", self.image.node.name, error)

@@ -1,0 +1,92 @@
+"""The table of internal snapshots: read at open, to know whose clusters are shared, and to show it.
+
+Layout: QEMU docs/interop/qcow2.txt, "Snapshots".  Limits and messages: qcow2_do_read_snapshots
+(block/qcow2-snapshot.c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fusebd.block.child import Child
+from fusebd.block.options import Json
+from fusebd.drivers.qcow2.header import Header, check_table, read_bytes
+from fusebd.errors import ImageError
+from fusebd.ondisk import qcow2 as ondisk
+
+_FAILURE = "Failed to read snapshot table"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One entry of the table."""
+
+    id: str
+    name: str
+    l1_table_offset: int
+    l1_size: int
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    icount: int | None
+
+    def info(self) -> dict[str, Json]:
+        """QAPI SnapshotInfo."""
+        info: dict[str, Json] = {
+            "id": self.id,
+            "name": self.name,
+            "vm-state-size": self.vm_state_size,
+            "date-sec": self.date_sec,
+            "date-nsec": self.date_nsec,
+            "vm-clock-sec": self.vm_clock_nsec // 10**9,
+            "vm-clock-nsec": self.vm_clock_nsec % 10**9,
+        }
+        if self.icount is not None:
+            info["icount"] = self.icount
+        return info
+
+
+async def read_snapshots(file: Child, header: Header) -> tuple[list[Snapshot], int]:
+    """The snapshots of the image in *file*, and the length of their table in bytes.
+
+    Suspends while *file* is read.  Raises ImageError, BlockIOError.
+    """
+    found: list[Snapshot] = []
+    at = header.snapshots_offset
+    for number in range(header.nb_snapshots):
+        at = (at + 7) & ~7
+        head: Any = ondisk.SNAPSHOT.parse(await read_bytes(file, at, ondisk.SNAPSHOT_LENGTH, _FAILURE))
+        at += ondisk.SNAPSHOT_LENGTH
+        if head.extra_data_size > ondisk.MAX_SNAPSHOT_EXTRA_DATA:
+            raise ImageError("Too much extra metadata in snapshot table entry", errno=27)
+        rest = head.extra_data_size + head.id_str_size + head.name_size
+        data = await read_bytes(file, at, rest, _FAILURE)
+        at += rest
+        if at - header.snapshots_offset > ondisk.MAX_SNAPSHOT_TABLE_BYTES:
+            raise ImageError(f"{_FAILURE}: File too large", errno=27)
+        check_table(
+            head.l1_table_offset,
+            head.l1_size,
+            8,
+            ondisk.MAX_L1_BYTES,
+            header.cluster_size,
+            f"Snapshot L1 table {number}",
+        )
+        extra, names = data[: head.extra_data_size], data[head.extra_data_size :]
+        icount = int.from_bytes(extra[16:24], "big") if len(extra) >= 24 else None
+        found.append(
+            Snapshot(
+                id=names[: head.id_str_size].decode("utf-8", "replace"),
+                name=names[head.id_str_size :].decode("utf-8", "replace"),
+                l1_table_offset=head.l1_table_offset,
+                l1_size=head.l1_size,
+                vm_state_size=int.from_bytes(extra[:8], "big") if len(extra) >= 8 else head.vm_state_size,
+                date_sec=head.date_sec,
+                date_nsec=head.date_nsec,
+                vm_clock_nsec=head.vm_clock_nsec,
+                icount=None if icount in (None, 2**64 - 1) else icount,
+            )
+        )
+    return found, at - header.snapshots_offset

@@ -1,0 +1,218 @@
+"""The active L1 table and the cache of slices of L2 tables, written back in the order that a crash asks for.
+
+A slice is found by the guest range that it maps, so that a request looks into one dict.  Slices are changed only
+under ``Image.lock``.  Before a slice is written, the refcounts that it relies on are, and the data in clusters that
+are new in it; the file is flushed in between.
+
+Order of writes, events, messages: QEMU block/qcow2-cache.c, l2_allocate and get_cluster_table in qcow2-cluster.c.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.options import OL_ACTIVE_L1, OL_ACTIVE_L2
+from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.errors import BlockIOError
+from fusebd.ondisk import qcow2 as ondisk
+
+
+class Slice:
+    """A cached part of an L2 table, *number* counting from guest offset 0 on; ``entries`` are in host byte order."""
+
+    __slots__ = ("dirty", "entries", "host_offset", "number", "used")
+
+    def __init__(self, number: int, host_offset: int, entries: array[int]) -> None:
+        self.number, self.host_offset, self.entries = number, host_offset, entries
+        self.dirty = False
+        self.used = True
+
+
+class Tables:
+    """All methods that suspend need ``Image.lock`` to be held by the caller."""
+
+    def __init__(self, image: Image, refcounts: Refcounts, *, slice_bytes: int, max_slices: int) -> None:
+        self.image = image
+        self.refcounts = refcounts
+        self.slice_bytes = slice_bytes
+        self.max_slices = max_slices
+        self.words = 2 if image.header.extended_l2 else 1  #: 64-bit words of an L2 entry
+        self.slice_entries = slice_bytes // (8 * self.words)
+        self.entry_mask = self.slice_entries - 1
+        self.slice_shift = image.cluster_bits + self.slice_entries.bit_length() - 1
+        self.slices_per_table = image.cluster_size // slice_bytes
+        self.l1_shift = self.slice_shift + self.slices_per_table.bit_length() - 1
+        self.l1: array[int] = array("Q")
+        self.l1_offset = image.header.l1_table_offset
+        self.slices: dict[int, Slice] = {}
+        image.on_unusable.append(self.slices.clear)
+
+    async def load(self) -> None:
+        """Read the L1 table."""
+        image = self.image
+        length = image.header.l1_size * 8
+        try:
+            self.l1 = array("Q", bytes(await image.read(self.l1_offset, length)))
+        except BlockIOError as error:
+            raise error.prefixed("Could not read L1 table") from None
+        self.l1.byteswap()
+        image.metadata.add(OL_ACTIVE_L1, self.l1_offset, length)
+        for entry in self.l1:
+            if offset := entry & ondisk.OFFSET_MASK:
+                image.metadata.add(OL_ACTIVE_L2, offset, image.cluster_size)
+
+    # -- finding slices -------------------------------------------------------------------------
+
+    async def find(self, guest_offset: int) -> Slice | None:
+        """The slice that maps *guest_offset*; None where there is no L2 table.  Raises EIO; corruption."""
+        number = guest_offset >> self.slice_shift
+        found = self.slices.get(number)
+        if found is not None:
+            found.used = True
+            return found
+        image = self.image
+        image.check_usable()
+        l1_index = guest_offset >> self.l1_shift
+        table_offset = self.l1[l1_index] & ondisk.OFFSET_MASK if l1_index < len(self.l1) else 0
+        if not table_offset:
+            return None
+        if table_offset & image.cluster_mask:
+            raise await image.corrupt(f"L2 table offset {table_offset:#x} unaligned (L1 index: {l1_index:#x})")
+        host_offset = table_offset + number % self.slices_per_table * self.slice_bytes
+        await self._make_room()
+        await image.announce("l2_load")
+        entries = array("Q", bytes(await image.read(host_offset, self.slice_bytes)))
+        entries.byteswap()
+        found = Slice(number, host_offset, entries)
+        self.slices[number] = found
+        return found
+
+    async def find_writable(self, guest_offset: int) -> Slice:
+        """Like ``find``, with an L2 table that nobody else refers to: made, or copied, if need be."""
+        image = self.image
+        image.check_usable()
+        l1_index = guest_offset >> self.l1_shift
+        entry = self.l1[l1_index]
+        if (entry & ondisk.OFFSET_MASK) & image.cluster_mask:
+            raise await image.corrupt(
+                f"L2 table offset {entry & ondisk.OFFSET_MASK:#x} unaligned (L1 index: {l1_index:#x})"
+            )
+        if not entry & ondisk.COPIED or not entry & ondisk.OFFSET_MASK:
+            await self._allocate_table(l1_index, entry & ondisk.OFFSET_MASK)
+        found = await self.find(guest_offset)
+        assert found is not None
+        return found
+
+    async def _make_room(self) -> None:
+        """Drop slices that were not used lately until one more fits."""
+        while len(self.slices) >= self.max_slices:
+            oldest = next(iter(self.slices.values()))
+            if oldest.used:
+                oldest.used = False
+                self.slices[oldest.number] = self.slices.pop(oldest.number)
+                continue
+            if oldest.dirty:
+                await self._prepare_write()
+                await self._write_slice(oldest)
+            self.slices.pop(oldest.number, None)
+
+    # -- writing back ---------------------------------------------------------------------------
+
+    async def _prepare_write(self) -> None:
+        """What any slice relies on is durable when this returns."""
+        await self.refcounts.write_back()
+        await self.refcounts.flush_file()
+
+    async def _write_slice(self, item: Slice) -> None:
+        image = self.image
+        await image.check_overlap(item.host_offset, self.slice_bytes, OL_ACTIVE_L2)
+        await image.announce("l2_update")
+        swapped = array("Q", item.entries)
+        swapped.byteswap()
+        await image.write(item.host_offset, swapped.tobytes())
+        item.dirty = False
+
+    async def write_back(self) -> None:
+        """Write all metadata that has changed, refcounts first; what was freed is sealed.  Not durable yet."""
+        dirty = [item for item in self.slices.values() if item.dirty]
+        if dirty:
+            await self._prepare_write()
+        else:
+            await self.refcounts.write_back()
+        first_error: BlockIOError | None = None
+        for item in dirty:
+            try:
+                await self._write_slice(item)
+            except BlockIOError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+        self.refcounts.seal()
+
+    # -- tables ---------------------------------------------------------------------------------
+
+    async def _allocate_table(self, l1_index: int, old_offset: int) -> None:
+        """Give L1 entry *l1_index* an L2 table of its own, a copy of that at *old_offset* if that is not 0."""
+        image, refcounts = self.image, self.refcounts
+        host_offset = await refcounts.allocate(1, "L2 table")
+        try:
+            await refcounts.write_back()
+            await refcounts.flush_file()
+            await image.check_overlap(host_offset, image.cluster_size)
+            first = l1_index * self.slices_per_table
+            for number in range(first, first + self.slices_per_table):
+                at = (number - first) * self.slice_bytes
+                entries = await self._copied_entries(number, old_offset and old_offset + at)
+                await image.announce("l2_alloc_write")
+                await image.announce("l2_update")
+                swapped = array("Q", entries)
+                swapped.byteswap()
+                await image.write(host_offset + at, swapped.tobytes())
+            await image.file.flush()
+        except BlockIOError:
+            await refcounts.abandon(host_offset, 1)
+            raise
+        await self._replace_l1_entry(l1_index, host_offset)
+        image.metadata.add(OL_ACTIVE_L2, host_offset, image.cluster_size)
+        for number in range(first, first + self.slices_per_table):
+            cached = self.slices.get(number)
+            if cached is not None:
+                cached.host_offset = host_offset + (number - first) * self.slice_bytes
+        if old_offset:
+            image.metadata.remove(OL_ACTIVE_L2, old_offset, image.cluster_size)
+            await image.announce("cluster_free")
+            refcounts.free(old_offset, image.cluster_size)
+
+    async def _copied_entries(self, number: int, old_offset: int) -> array[int]:
+        """The entries of slice *number*, read at the host offset *old_offset* if they are not cached; zeroes if 0."""
+        if not old_offset:
+            return array("Q", bytes(self.slice_bytes))
+        await self.image.announce("l2_alloc_cow_read")
+        cached = self.slices.get(number)
+        if cached is not None:
+            return cached.entries
+        await self.image.announce("l2_load")
+        entries = array("Q", bytes(await self.image.read(old_offset, self.slice_bytes)))
+        entries.byteswap()
+        return entries
+
+    async def _replace_l1_entry(self, l1_index: int, host_offset: int) -> None:
+        """Make L1 entry *l1_index* refer to the table at *host_offset*, which is durable already."""
+        image = self.image
+        at = self.l1_offset + 8 * l1_index
+        old = self.l1[l1_index]
+        entry = host_offset | ondisk.COPIED
+        await image.check_overlap(at, 8, OL_ACTIVE_L1)
+        try:
+            await image.announce("l1_update")
+            await image.write(at, entry.to_bytes(8, "big"))
+        except BlockIOError:
+            # The entry may have been written or not.  The new table can be given back only if it is certain that
+            # the old entry is there.
+            await image.announce("l1_update")
+            await image.write(at, old.to_bytes(8, "big"))
+            await self.refcounts.abandon(host_offset, 1)
+            raise
+        self.l1[l1_index] = entry
+        self.refcounts.needs_flush = True

@@ -1,0 +1,105 @@
+"""Zero writes and discards of whole clusters: changes of L2 entries, without data.
+
+Meaning: QEMU qcow2_subcluster_zeroize, zero_in_l2_slice and discard_in_l2_slice (block/qcow2-cluster.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import UNSET
+
+from fusebd.block.child import MAY_UNMAP
+from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.allocation import Allocator
+from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.options import Qcow2Options
+from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.drivers.qcow2.tables import Slice, Tables
+from fusebd.errors import NotSupported
+from fusebd.ondisk import qcow2 as ondisk
+
+
+class Zeroer:
+    """Offsets and lengths are of whole clusters."""
+
+    def __init__(
+        self, image: Image, tables: Tables, refcounts: Refcounts, allocator: Allocator, options: Qcow2Options
+    ) -> None:
+        self._image, self._tables, self._refcounts, self._allocator = image, tables, refcounts, allocator
+        given = options.pass_discard_request
+        #: whether the file is told about clusters that a request frees
+        self._pass_on = image.node.unmap if given is UNSET else bool(given)
+        self._keep_reference = options.discard_no_unref
+
+    def refuse(self, operation: str) -> NotSupported:
+        """What a request on part of a cluster gets."""
+        return NotSupported(node_name=self._image.node.name, operation=operation)
+
+    async def zeroize(self, offset: int, length: int, flags: int) -> None:
+        """Make the clusters read as zeroes; with MAY_UNMAP their host clusters are freed."""
+        if self._image.header.version < 3:
+            raise self.refuse("write zeroes")
+
+        def zeroed(old: int) -> int:
+            kind = mapping.kind_of(old)
+            allocated = kind in (mapping.DATA, mapping.ZERO_ALLOCATED)
+            if kind == mapping.COMPRESSED or (flags & MAY_UNMAP and allocated):
+                keep = self._keep_reference and kind != mapping.COMPRESSED
+                return (old if keep else 0) | ondisk.ZERO
+            return old | ondisk.ZERO
+
+        await self._change(offset, length, zeroed)
+
+    async def discard(self, offset: int, length: int, *, has_backing: bool) -> None:
+        """Free the host clusters; zeroes are read then if the version is 3 or there is no backing file."""
+        zero = ondisk.ZERO if self._image.header.version >= 3 else 0
+
+        def discarded(old: int) -> int:
+            kind = mapping.kind_of(old)
+            if kind == mapping.UNALLOCATED:
+                return zero if has_backing else old
+            if kind == mapping.ZERO_PLAIN:
+                return old
+            if self._keep_reference and kind != mapping.COMPRESSED:
+                return old | zero
+            return zero
+
+        await self._change(offset, length, discarded)
+
+    async def forget(self, offset: int, length: int) -> None:
+        """Free the clusters and leave them unallocated: nobody reads them any more."""
+        await self._change(offset, length, lambda _: 0)
+
+    async def _change(self, offset: int, length: int, new_entry: Callable[[int], int]) -> None:
+        """Replace the entries of the clusters by what *new_entry* makes of them, slice by slice."""
+        image, tables, bits = self._image, self._tables, self._image.cluster_bits
+        cluster, end = offset >> bits, (offset + length) >> bits
+        while cluster < end:
+            stop = min(end, (cluster | tables.entry_mask) + 1)
+            async with image.lock:
+                await self._allocator.wait_free(cluster, stop)
+                item = await tables.find(cluster << bits)
+                at = cluster & tables.entry_mask
+                limit = at + stop - cluster
+                if item is None:
+                    entries = None if not new_entry(0) else (await tables.find_writable(cluster << bits)).entries
+                elif any(new_entry(entry) != entry for entry in item.entries[at:limit]):
+                    entries = (await tables.find_writable(cluster << bits)).entries
+                else:
+                    entries = None
+                if entries is not None:
+                    self._replace(tables.slices[cluster >> (tables.slice_shift - bits)], at, limit, new_entry)
+            cluster = stop
+
+    def _replace(self, item: Slice, at: int, limit: int, new_entry: Callable[[int], int]) -> None:
+        entries = item.entries
+        for index in range(at, limit):
+            old = entries[index]
+            new = new_entry(old)
+            if new == old:
+                continue
+            item.dirty = True
+            entries[index] = new
+            if not new & ondisk.OFFSET_MASK:
+                self._allocator.free_entry(old, discard=self._pass_on)
