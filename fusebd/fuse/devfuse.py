@@ -4,8 +4,8 @@ Scheduling.  One reader task at a time has the turn: it reads a request and serv
 end without suspending, so that nothing else happens between readv(2) and writev(2).  A reader's coroutine is run
 through ``_watched``, which sees each trap that it yields to trio: the first one of a request is the moment to pass the
 turn on to another reader task (one that idles, or a new one).  So a slow request holds up no other, and each request
-under way has a task and a buffer of its own.  A reader that has served a request that suspended idles as one of a few,
-or ends.
+under way has a task and a buffer of its own.  A reader that has served a request that suspended takes what else there
+is to read; when there is nothing, it idles as one of a few, or ends: waiting is for the one that has the turn.
 
 The device is read until it has nothing more; only then it is waited for.  Other tasks get their turn by time.
 
@@ -112,7 +112,7 @@ def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
 class _Reader:
     """What belongs to one reader task: the memory for its request, the headers apart from the data."""
 
-    __slots__ = ("data", "head", "poll", "room", "serving", "transport")
+    __slots__ = ("data", "has_turn", "head", "poll", "room", "serving", "transport")
 
     def __init__(self, transport: DevfuseTransport, data: memoryview, descriptor: int) -> None:
         self.transport = transport
@@ -124,6 +124,8 @@ class _Reader:
         self.poll = poller.poll
         #: a request is being served, and has not suspended yet
         self.serving = False
+        #: it is this one that waits when there is nothing to read
+        self.has_turn = True
 
     def message(self, length: int) -> memoryview:
         """A request of *length* bytes that is neither a read nor a write, in one piece."""
@@ -135,7 +137,10 @@ class _Reader:
         """The reader's task is about to suspend: if that is because of its request, the turn goes on."""
         if self.serving:
             self.serving = False
-            self.transport._pass_turn()
+            self.transport._suspended += 1
+            if self.has_turn:
+                self.has_turn = False
+                self.transport._pass_turn()
 
 
 class DevfuseTransport:
@@ -154,7 +159,7 @@ class DevfuseTransport:
         self._session: wire.Session | None = None
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
-        self._idle: list[trio.lowlevel.Task] = []
+        self._idle: list[tuple[_Reader, trio.lowlevel.Task]] = []
         self._suspended = 0
         self._notices: dict[bytes, None] = {}
         self._noticed = trio.Event()
@@ -238,11 +243,11 @@ class DevfuseTransport:
         while await self._take_turn(reader):
             if self._ended.is_set() or len(self._idle) >= _MAX_IDLE:
                 return
-            task = trio.lowlevel.current_task()
-            self._idle.append(task)
+            idle = reader, trio.lowlevel.current_task()
+            self._idle.append(idle)
 
-            def abort(_: object, task: trio.lowlevel.Task = task) -> trio.lowlevel.Abort:
-                self._idle.remove(task)
+            def abort(_: object, idle: tuple[_Reader, trio.lowlevel.Task] = idle) -> trio.lowlevel.Abort:
+                self._idle.remove(idle)
                 return trio.lowlevel.Abort.SUCCEEDED
 
             await trio.lowlevel.wait_task_rescheduled(abort)
@@ -250,9 +255,10 @@ class DevfuseTransport:
                 return
 
     def _pass_turn(self) -> None:
-        self._suspended += 1
         if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop())
+            reader, task = self._idle.pop()
+            reader.has_turn = True
+            trio.lowlevel.reschedule(task)
         else:
             assert self._nursery is not None
             self._nursery.start_soon(self._read_requests)
@@ -260,10 +266,10 @@ class DevfuseTransport:
     def _end(self) -> None:
         self._ended.set()
         while self._idle:
-            trio.lowlevel.reschedule(self._idle.pop())
+            trio.lowlevel.reschedule(self._idle.pop()[1])
 
     async def _take_turn(self, reader: _Reader) -> bool:
-        """Serve requests until one has suspended and is answered (True), or the connection ends (False)."""
+        """Serve requests until there are none and another reader waits for them (True), or the connection ends."""
         # Everything that is used for each request is a local name.
         fd, readv, writev, write = self._fd, os.readv, os.writev, os.write
         fs_read, fs_write, other = self._fs.read, self._fs.write, self._serve_other
@@ -278,6 +284,8 @@ class DevfuseTransport:
             try:
                 length = readv(fd, room)
             except BlockingIOError:
+                if not reader.has_turn:
+                    return True
                 if polls and not self._suspended and _poll(reader.poll):
                     continue
                 polls = await self._wait_readable() and not polls
@@ -326,9 +334,10 @@ class DevfuseTransport:
                     write(fd, reply)
             except OSError as error:
                 self._not_taken(unique, error)
-            if not reader.serving:  # it has suspended, and the turn is another reader's
+            if not reader.serving:  # it has suspended
                 self._suspended -= 1
-                return True
+                turn_ends = monotonic() + _SHORT_TURN
+                continue
             reader.serving = False
             if monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
