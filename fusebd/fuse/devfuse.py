@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: what is asked of the kernel, as far as it has it
+#: What is asked of the kernel, as far as it has it.  HANDLE_KILLPRIV_V2 saves it to ask for file capabilities before
+#: each write; the mount is nosuid, so that there is no privilege to take away.
 _WANTED = (
     Init.ASYNC_READ
     | Init.ATOMIC_O_TRUNC
