@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import trio
 from msgspec import Meta
 
 from fusebd.block.child import Root, fill_zeroes
-from fusebd.block.driver import Buffers, Node, Preallocation, ProtocolDriver, nbytes, register
+from fusebd.block.driver import Buffers, FilterDriver, Node, Preallocation, ProtocolDriver, nbytes, register
 from fusebd.block.graph import Graph
 from fusebd.block.opening import Opening
-from fusebd.block.options import BlockdevOptions, Size
-from fusebd.block.perms import Perm
+from fusebd.block.options import BlockdevOptions, BlockdevRef, Size
+from fusebd.block.perms import Perm, Role
 from fusebd.errors import NotSupported
 
 READ_WRITE = Perm.CONSISTENT_READ | Perm.WRITE
@@ -108,3 +109,35 @@ def memory_of(graph: Graph, name: str) -> Memory:
     driver = graph.find(name).driver
     assert isinstance(driver, Memory)
     return driver
+
+
+class SuspendsOptions(BlockdevOptions, frozen=True, kw_only=True):
+    file: BlockdevRef
+
+
+@register("test-suspends", SuspendsOptions)
+class Suspends(FilterDriver):
+    """Every request makes a trip through the scheduler before it goes on to ``file``."""
+
+    @classmethod
+    async def open(cls, opening: Opening, options: SuspendsOptions) -> Suspends:
+        return cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY))
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.file.preadv(offset, bufs)
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.file.pwritev(offset, bufs, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.file.pdiscard(offset, length)
+
+    async def flush_to_disk(self) -> None:
+        await trio.lowlevel.checkpoint()

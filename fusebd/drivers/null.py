@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from fusebd.block.child import fill_zeroes
 from fusebd.block.driver import BlockStatus, Buffers, ProtocolDriver, Status, register
+from fusebd.block.naming import has_strong_options
 from fusebd.block.node import Node
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, Int, Json, Size
@@ -39,6 +40,7 @@ class _Null(ProtocolDriver):
     """Reads, writes and flushes suspend for ``latency-ns``."""
 
     supports_fua: ClassVar[bool] = True
+    strong_options: ClassVar[frozenset[str]] = frozenset({"size", "read-zeroes"})
 
     def __init__(self, node: Node, options: NullOptions) -> None:
         super().__init__(node)
@@ -47,7 +49,6 @@ class _Null(ProtocolDriver):
         self._status = Status.OFFSET_VALID | Status.ALLOCATED
         if options.read_zeroes:
             self._status |= Status.ZERO
-        self._has_short_name = options.size == _DEFAULT_SIZE and not options.read_zeroes
 
     @classmethod
     async def open(cls: type[N], opening: Opening, options: NullOptions) -> N:
@@ -86,7 +87,7 @@ class _Null(ProtocolDriver):
 
     @property
     def filename(self) -> str:
-        return f"{self.protocol_prefix}://" if self._has_short_name else ""
+        return "" if has_strong_options(self.node) else f"{self.protocol_prefix}://"
 
     def allocated_bytes(self) -> int:
         return 0

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK
 from fusebd.block.graph import Graph
 from fusebd.block.node import Node
 from fusebd.block.perms import Perm

@@ -65,7 +65,7 @@ def _answered(
     """Makes whatever *method* raises a FuseError.  read and write do it themselves, to save the call."""
 
     @functools.wraps(method)
-    async def answer(self: Tree, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def answer(self: Tree, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await method(self, *args, **kwargs)
         except Exception as error:
@@ -236,10 +236,9 @@ class Tree(FileSystem):
     # -- the directory --------------------------------------------------------------------------
 
     @_answered
-    async def opendir(self, ino: int) -> int:
+    async def opendir(self, ino: int) -> None:
         if ino != ROOT_INODE:
             raise FuseError(errno.ENOTDIR)
-        return 0
 
     @_answered
     async def readdir(self, ino: int, offset: int) -> Iterator[DirEntry]:

@@ -63,18 +63,6 @@ class BlkdebugOptions(BlockdevOptions, frozen=True, kw_only=True):
     )
 
 
-_NOT_IN_SHORT_NAME = (
-    "align",
-    "max_transfer",
-    "opt_write_zero",
-    "max_write_zero",
-    "opt_discard",
-    "max_discard",
-    "inject_error",
-    "set_state",
-)
-
-
 def _limits(options: BlkdebugOptions, below: Limits) -> Limits:
     """The limits that *options* ask for; raises OptionError where they contradict each other or those of the image."""
     align = options.align
@@ -113,6 +101,19 @@ class Blkdebug(FilterDriver):
     """
 
     protocol_prefix: ClassVar[str | None] = "blkdebug"
+    strong_options: ClassVar[frozenset[str]] = frozenset(
+        {
+            "config",
+            "inject-error",
+            "set-state",
+            "align",
+            "max-transfer",
+            "opt-write-zero",
+            "max-write-zero",
+            "opt-discard",
+            "max-discard",
+        }
+    )
 
     def __init__(self, node: Node, file: Child, options: BlkdebugOptions) -> None:
         super().__init__(node, file)
@@ -122,8 +123,8 @@ class Blkdebug(FilterDriver):
         self._suspended: list[tuple[str, trio.Event]] = []
         self._arrival = trio.Event()
         self._config = "" if options.config is UNSET else str(options.config)
-        # permissions and names are nothing that another opening of the same thing would have to repeat
-        self._has_short_name = not any(getattr(options, name) for name in _NOT_IN_SHORT_NAME)
+        told = (name.replace("-", "_") for name in self.strong_options - {"config"})
+        self._has_short_name = not any(getattr(options, name) for name in told)
 
     @classmethod
     async def open(cls, opening: Opening, options: BlkdebugOptions) -> Blkdebug:

@@ -383,7 +383,8 @@ class HostDevice(File):
         try:
             syscalls.device_discard(self._fd, offset, length)
         except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY):
+            # EINVAL: the range is not one of whole sectors
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
                 raise NotSupported(node_name=self.node.name, operation="discard") from None
             raise
 
