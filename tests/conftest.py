@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from mounting import Mount
 
 from fusebd.block.graph import Graph
 
@@ -20,3 +24,27 @@ async def graph() -> AsyncIterator[Graph]:
     yield graph
     await graph.close()
     assert not graph.nodes
+
+
+@pytest.fixture(params=["devfuse", "pyfuse3"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def mount(tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mount]]:
+    """Mounts nodes: ``mount(blockdev, ..., name="mnt", options=[...])``.  What is left at the end is taken away."""
+    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("needs root and /dev/fuse")
+    monkeypatch.setenv("FUSEBD_RUNTIME_DIR", str(tmp_path / "run"))
+    mounts: list[Mount] = []
+
+    def mount_nodes(*blockdevs: Any, name: str = "mnt", options: Sequence[str] = ()) -> Mount:
+        mounts.append(Mount(tmp_path / name, transport, blockdevs, options))
+        return mounts[-1]
+
+    yield mount_nodes
+    for mounted in mounts:
+        mounted.sweep()
