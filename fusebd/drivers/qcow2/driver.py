@@ -119,12 +119,17 @@ class Qcow2(FormatDriver):
 
     async def close(self) -> None:
         """Write back all metadata and give back what was freed."""
-        if self.node.read_only or not self._image.usable:
-            return
-        if self._refcounts.waiting:
-            await self.flush()
-        async with self._image.lock:
-            await self._tables.write_back()
+        try:
+            if self.node.read_only or not self._image.usable:
+                return
+            if self._refcounts.waiting:
+                await self.flush()
+            async with self._image.lock:
+                await self._tables.write_back()
+        finally:
+            # The parts of a driver refer to each other, so that the collector finds them late: not with their tables.
+            self._tables.drop()
+            self._refcounts.drop()
 
     # -- reading --------------------------------------------------------------------------------
 

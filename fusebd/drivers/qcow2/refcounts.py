@@ -85,6 +85,11 @@ class Refcounts:
             if offset := entry & ondisk.REFCOUNT_TABLE_OFFSET_MASK:
                 image.metadata.add(OL_REFCOUNT_BLOCK, offset, image.cluster_size)
 
+    def drop(self) -> None:
+        """Let go of all that is cached: the image is closed."""
+        self.blocks.clear()
+        self.table = array("Q")
+
     # -- blocks ---------------------------------------------------------------------------------
 
     def block_offset(self, index: int) -> int:

@@ -62,6 +62,11 @@ class Tables:
             if offset := entry & ondisk.OFFSET_MASK:
                 image.metadata.add(OL_ACTIVE_L2, offset, image.cluster_size)
 
+    def drop(self) -> None:
+        """Let go of all that is cached: the image is closed."""
+        self.slices.clear()
+        self.l1 = array("Q")
+
     # -- finding slices -------------------------------------------------------------------------
 
     async def find(self, guest_offset: int) -> Slice | None:

@@ -1,0 +1,163 @@
+"""The daemon is killed while it writes: what it leaves opens, is free of errors, and has all that was flushed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import Mount, check_image, fusebd, qcow2, raw, run
+
+LENGTH = 24 << 20
+WRITERS = 4
+BLOCK = 512
+
+
+class Writer(threading.Thread):
+    """Writes at random into a part of the node that is its own, with an fsync now and then, until the node is dead.
+
+    ``flushed`` is what was there at the last fsync that succeeded.  ``uncertain`` has the blocks that were
+    written since then, or are being written: they may have any of their contents since the last fsync.
+    """
+
+    def __init__(self, path: Path, start: int, content: bytes, seed: int) -> None:
+        super().__init__()
+        self._path, self._start, self._rng = path, start, random.Random(seed)
+        self.flushed = bytearray(content)
+        self.uncertain: dict[int, list[bytes]] = {}
+        self.flushes = 0
+
+    def run(self) -> None:
+        descriptor = os.open(self._path, os.O_RDWR)
+        try:
+            while True:
+                for _ in range(self._rng.randrange(1, 12)):
+                    self._write(descriptor)
+                os.fsync(descriptor)
+                self._note_flush()
+        except OSError:
+            pass  # killed
+        finally:
+            with contextlib.suppress(OSError):  # it says again that there is nobody
+                os.close(descriptor)
+
+    def _write(self, descriptor: int) -> None:
+        length = int(2 ** self._rng.uniform(0, 8)) * BLOCK
+        offset = self._rng.randrange(len(self.flushed) // BLOCK) * BLOCK
+        data = self._rng.randbytes(min(length, len(self.flushed) - offset))
+        for position in range(0, len(data), BLOCK):
+            contents = self.uncertain.setdefault(offset + position, [])
+            contents.append(data[position : position + BLOCK])
+        os.pwrite(descriptor, data, self._start + offset)
+
+    def _note_flush(self) -> None:
+        for offset, contents in self.uncertain.items():
+            self.flushed[offset : offset + BLOCK] = contents[-1]
+        self.uncertain.clear()
+        self.flushes += 1
+
+    def judge(self, image: bytes) -> None:
+        """AssertionError if *image*, the whole disk, is not what was written."""
+        found = memoryview(image)[self._start : self._start + len(self.flushed)]
+        for offset in range(0, len(self.flushed), BLOCK):
+            block = bytes(found[offset : offset + BLOCK])
+            if block != self.flushed[offset : offset + BLOCK]:
+                assert block in self.uncertain.get(offset, []), f"block at {self._start + offset}"
+
+
+def _kill_while_writing(mounted: Mount, content: bytes, seed: int) -> list[Writer]:
+    part = LENGTH // WRITERS
+    writers = [
+        Writer(mounted / "disk", start, content[start : start + part], seed + start) for start in range(0, LENGTH, part)
+    ]
+    for writer in writers:
+        writer.start()
+    time.sleep(random.Random(seed).uniform(0.2, 0.7))
+    mounted.kill()
+    for writer in writers:
+        writer.join()
+    return writers
+
+
+def _content(image: Path, image_format: str) -> bytes:
+    copy = image.with_suffix(".copy")
+    run("qemu-img", "convert", "-f", image_format, "-O", "raw", image, copy)
+    return copy.read_bytes()
+
+
+@pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+def test_a_killed_daemon_leaves_a_sound_qcow2_image(
+    mount: Callable[..., Mount], tmp_path: Path, cluster_size: int, backed: bool
+) -> None:
+    image, backing = tmp_path / "disk.qcow2", tmp_path / "backing.raw"
+    options = ["-o", f"cluster_size={cluster_size}"]
+    if backed:
+        backing.write_bytes(random.Random(0).randbytes(LENGTH - (5 << 20)))
+        options += ["-b", str(backing), "-F", "raw"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, image, str(LENGTH))
+    flushes = 0
+    # The same image again and again: half of its clusters are allocated already in the later rounds.
+    for seed in range(3):
+        content = _content(image, "qcow2")
+        mounted = mount(qcow2("disk", image))
+        writers = _kill_while_writing(mounted, content, seed)
+        fusebd("umount", mounted.point)
+        check_image(image, leaks=True)
+        content = _content(image, "qcow2")
+        for writer in writers:
+            writer.judge(content)
+            flushes += writer.flushes
+        # It can be used again, by us as well.
+        mounted = mount(qcow2("disk", image))
+        assert (mounted / "disk").read_bytes() == content
+        mounted.umount()
+        check_image(image, leaks=True)
+    assert flushes
+
+
+def test_a_killed_daemon_leaves_everything_that_was_flushed_to_a_raw_image(
+    mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(LENGTH))
+    writers = _kill_while_writing(mount(raw("disk", image)), bytes(LENGTH), 5)
+    for writer in writers:
+        writer.judge(image.read_bytes())
+    assert sum(writer.flushes for writer in writers)
+
+
+def test_umount_clears_what_a_killed_daemon_left(mount: Callable[..., Mount], tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"content" + bytes(4096))
+    options = raw("disk", tmp_path / "disk.raw")
+    mounted = mount(options)
+    mounted.kill()
+    with pytest.raises(OSError, match="not connected"):
+        (mounted / "disk").read_bytes()
+    fusebd("umount", mounted.point)
+    assert list(mounted.point.iterdir()) == []
+    assert [path for path in (tmp_path / "run").iterdir() if path.suffix != ".log"] == []
+    assert "not mounted" in fusebd("umount", mounted.point, expect=(1,))
+    mounted = mount(options)
+    assert (mounted / "disk").read_bytes().startswith(b"content")
+    mounted.umount()
+
+
+def test_umount_clears_up_while_a_client_still_has_a_file_open(mount: Callable[..., Mount], tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(4096))
+    mounted = mount(raw("disk", tmp_path / "disk.raw"))
+    descriptor = os.open(mounted / "disk", os.O_RDONLY)
+    try:
+        mounted.kill()
+        fusebd("umount", mounted.point)
+        with pytest.raises(OSError, match="not connected"):
+            os.read(descriptor, 512)
+    finally:
+        with contextlib.suppress(OSError):  # where close sends a flush, nobody answers that either
+            os.close(descriptor)
+    assert list(mounted.point.iterdir()) == []
