@@ -8,8 +8,10 @@ Anything else that is raised is a bug of fusebd's own.  Two doors translate thes
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import os
+from collections.abc import Iterator
 
 
 class FusebdError(Exception):
@@ -116,6 +118,12 @@ class BlockIOError(FusebdError):
         self.node_name, self.operation, self.offset = node_name, operation, offset
         self.reason = reason or os.strerror(errno)
 
+    def prefixed(self, context: str) -> FusebdError:
+        """The same error with *context* in place of where it came up."""
+        other = super().prefixed(context)
+        other.args = (f"{context}: {self.reason}",)
+        return other
+
 
 class NotSupported(BlockIOError):
     """The driver has no way to do this operation; the caller may fall back to another."""
@@ -133,3 +141,15 @@ class FuseError(FusebdError):
 
 class FuseProtocolError(FusebdError):
     """What arrived through /dev/fuse is no request of the FUSE protocol that is spoken; the kernel is at fault."""
+
+
+@contextlib.contextmanager
+def single_error() -> Iterator[None]:
+    """Raise what a nursery packed into a group of one as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from typing import Annotated
 
 import trio
 from msgspec import Meta
 
-from fusebd.block.child import Root, fill_zeroes
+from fusebd.block.child import Child, Root, fill_zeroes
 from fusebd.block.driver import Buffers, FilterDriver, Node, Preallocation, ProtocolDriver, nbytes, register
 from fusebd.block.graph import Graph
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Size
 from fusebd.block.perms import Perm, Role
-from fusebd.errors import NotSupported
+from fusebd.errors import BlockIOError, NotSupported
 
 READ_WRITE = Perm.CONSISTENT_READ | Perm.WRITE
 
@@ -113,31 +114,108 @@ def memory_of(graph: Graph, name: str) -> Memory:
 
 class SuspendsOptions(BlockdevOptions, frozen=True, kw_only=True):
     file: BlockdevRef
+    most: Size = 1
+    seed: Size = 0
 
 
 @register("test-suspends", SuspendsOptions)
 class Suspends(FilterDriver):
-    """Every request makes a trip through the scheduler before it goes on to ``file``."""
+    """Every request makes a trip through the scheduler before it goes on to ``file``.
+
+    With *most* above one, it makes up to so many, before and after; how many follows from *seed*.
+    """
+
+    most = 1
+    rng: random.Random
 
     @classmethod
     async def open(cls, opening: Opening, options: SuspendsOptions) -> Suspends:
-        return cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY))
+        driver = cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY))
+        driver.most, driver.rng = options.most, random.Random(options.seed)
+        return driver
+
+    async def _suspend(self) -> None:
+        for _ in range(self.rng.randint(0, self.most) if self.most > 1 else 1):
+            await trio.lowlevel.checkpoint()
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._suspend()
         await self.file.preadv(offset, bufs)
+        if self.most > 1:
+            await self._suspend()
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._suspend()
         await self.file.pwritev(offset, bufs, flags)
+        if self.most > 1:
+            await self._suspend()
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._suspend()
         await self.file.pwrite_zeroes(offset, length, flags)
 
     async def pdiscard(self, offset: int, length: int) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._suspend()
         await self.file.pdiscard(offset, length)
 
     async def flush_to_disk(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._suspend()
+
+
+class RecorderOptions(BlockdevOptions, frozen=True, kw_only=True):
+    file: BlockdevRef
+
+
+@register("test-recorder", RecorderOptions)
+class Recorder(FilterDriver):
+    """Stands where blkdebug would: ``events`` has what the node above announced.
+
+    The first request after event number *fail_at*, counting from 0, fails with EIO.
+    """
+
+    def __init__(self, node: Node, file: Child) -> None:
+        super().__init__(node, file)
+        self.events: list[str] = []
+        self.fail_at = -1
+        self._failing = False
+        self.debug_event = self._record
+
+    @classmethod
+    async def open(cls, opening: Opening, options: RecorderOptions) -> Recorder:
+        return cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY))
+
+    async def _record(self, event: str) -> None:
+        if len(self.events) == self.fail_at:
+            self._failing = True
+        self.events.append(event)
+
+    def _check(self, operation: str) -> None:
+        if self._failing:
+            self._failing = False
+            raise BlockIOError(node_name=self.node.name, operation=operation)
+
+    async def preadv(self, offset: int, bufs: Buffers) -> None:
+        self._check("read")
+        await self.file.preadv(offset, bufs)
+
+    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
+        self._check("write")
+        await self.file.pwritev(offset, bufs, flags)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self._check("write zeroes")
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        self._check("discard")
+        await self.file.pdiscard(offset, length)
+
+    async def flush_to_disk(self) -> None:
+        self._check("flush")
+
+
+def recorder_of(graph: Graph, name: str) -> Recorder:
+    """The driver of the test-recorder node *name*."""
+    driver = graph.find(name).driver
+    assert isinstance(driver, Recorder)
+    return driver

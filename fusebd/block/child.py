@@ -35,6 +35,8 @@ MAY_UNMAP = 2  #: a zero write may deallocate
 NO_FALLBACK = 4  #: a zero write fails with NotSupported rather than write buffers of zeroes
 COMPRESSED = 8  #: store compressed, if the format can
 
+#: the longest node that there can be, in bytes (QEMU: BDRV_MAX_LENGTH)
+MAX_LENGTH = 2**63 - 2**30
 _NO_LIMIT = 1 << 62
 #: zeroes for what is past the end, for fallbacks and for comparing
 _ZERO_BYTES = bytes(1 << 20)
@@ -102,6 +104,7 @@ class Child:
         "_mask",
         "_max_transfer",
         "_plain_write",
+        "_watches",
         "debug_event",
         "driver",
         "name",
@@ -139,7 +142,12 @@ class Child:
         self.debug_event = driver.debug_event
         self._mask = driver.limits.request_alignment - 1
         self._max_transfer = driver.limits.max_transfer or _NO_LIMIT
-        self._plain_write = not self._mask and driver.debug_event is None and self.node.detect_zeroes == "off"
+        self._watches = [watch for watch in self.node.watches if watch.concerns(self)]
+        self._plain_write = (
+            not self._mask and driver.debug_event is None and self.node.detect_zeroes == "off" and not self._watches
+        )
+        if self.parent is not None and self.parent.is_open:
+            self.parent.driver.child_refreshed(self)
 
     def child_resized(self) -> None:
         """The node has a new length."""
@@ -217,6 +225,7 @@ class Child:
             await driver.pwritev(offset, bufs)
         except BaseException:
             counters.failed_wr_operations += 1
+            node.write_generation += 1  # a part of it may be written, so that the next flush matters
             raise
         node.write_generation += 1
         counters.wr_operations += 1
@@ -242,10 +251,13 @@ class Child:
             await self._write_aligned(start, bufs, end - start, flags)
         except BaseException:
             counters.failed_wr_operations += 1
+            node.write_generation += 1  # a part of it may be written, so that the next flush matters
             raise
         finally:
             if lock is not None:
                 node.ranges.release(lock)
+            if self._watches:
+                self._tell(offset, size)
         counters.wr_operations += 1
         counters.wr_bytes += size
         counters.wr_total_time_ns += perf_counter_ns() - began
@@ -257,19 +269,26 @@ class Child:
         whole = memoryview(bytearray(end - start))
         announce = self.debug_event
         head, tail = offset != start, offset + size != end
-        one_unit = end - start == unit
-        if head or one_unit:
+        # What is around is read at once where nothing lies between that is overwritten as a whole.
+        merged = end - start == (2 * unit if head and tail and end - start > unit else unit)
+        if head or merged:
             if announce is not None:
-                await announce("pwritev_rmw_head" if head else "pwritev_rmw_tail")
-            await self._read_for_merge(start, whole[:unit])
-            if announce is not None and head:
-                await announce("pwritev_rmw_after_head")
-        if tail and not one_unit:
+                if head:
+                    await announce("pwritev_rmw_head")
+                if merged and tail:
+                    await announce("pwritev_rmw_tail")
+            await self._read_for_merge(start, whole if merged else whole[:unit])
+            if announce is not None:
+                if head:
+                    await announce("pwritev_rmw_after_head")
+                if merged and tail:
+                    await announce("pwritev_rmw_after_tail")
+        if tail and not merged:
             if announce is not None:
                 await announce("pwritev_rmw_tail")
             await self._read_for_merge(end - unit, whole[-unit:])
-        if announce is not None and tail:
-            await announce("pwritev_rmw_after_tail")
+            if announce is not None:
+                await announce("pwritev_rmw_after_tail")
         at = offset - start
         for buf in bufs:
             whole[at : at + len(buf)] = buf
@@ -277,8 +296,12 @@ class Child:
         return (whole,)
 
     async def _read_for_merge(self, offset: int, buf: memoryview) -> None:
-        if offset < self.driver.length:
-            await self.driver.preadv(offset, (buf,))
+        """Read whole units, as far as the node has them."""
+        mask = self._mask
+        buf = buf[: max(((self.driver.length + mask) & ~mask) - offset, 0)]
+        piece = self._max_transfer & ~mask
+        for at in range(0, len(buf), piece):
+            await self.driver.preadv(offset + at, (buf[at : at + piece],))
 
     async def _write_aligned(self, offset: int, bufs: Buffers, size: int, flags: int) -> None:
         node, driver, announce = self.node, self.driver, self.debug_event
@@ -291,14 +314,21 @@ class Child:
             await announce("pwritev")
         piece = self._max_transfer & ~self._mask
         passed = flags & ~MAY_UNMAP if driver.supports_fua else flags & COMPRESSED
-        for at in range(0, size, piece):
-            part = bufs if size <= piece else slice_buffers(bufs, at, min(at + piece, size))
-            await driver.pwritev(offset + at, part, passed)
-        if announce is not None:
-            await announce("pwritev_done")
+        try:
+            for at in range(0, size, piece):
+                part = bufs if size <= piece else slice_buffers(bufs, at, min(at + piece, size))
+                await driver.pwritev(offset + at, part, passed)
+        finally:
+            if announce is not None:
+                await announce("pwritev_done")
         if flags & FUA and not driver.supports_fua:
             node.write_generation += 1
             await self.flush()
+
+    def _tell(self, offset: int, length: int) -> None:
+        """What may have changed, to those who have to know what others change."""
+        for watch in self._watches:
+            watch.changed(self.node, offset, length)
 
     def _past_end(self, operation: str, offset: int) -> BlockIOError:
         reason = "past the end of the node"
@@ -343,10 +373,13 @@ class Child:
             await self._zero_aligned(offset, end - offset, flags)
         except BaseException:
             counters.failed_wr_operations += 1
+            node.write_generation += 1  # a part of it may be written, so that the next flush matters
             raise
         finally:
             if lock is not None:
                 node.ranges.release(lock)
+            if self._watches:
+                self._tell(offset, end - offset)
         counters.wr_operations += 1
         counters.wr_bytes += length
         counters.wr_total_time_ns += perf_counter_ns() - began
@@ -360,17 +393,19 @@ class Child:
         if announce is not None:
             await announce("pwritev_zero")
         passed = flags if driver.supports_fua else flags & ~FUA
-        for start, size in _pieces(offset, length, limits.pwrite_zeroes_alignment, limits.max_pwrite_zeroes):
-            try:
-                await driver.pwrite_zeroes(start, size, passed)
-            except NotSupported:
-                if flags & NO_FALLBACK:
-                    raise
-                piece = min(_FALLBACK_PIECE, self._max_transfer) & ~self._mask
-                for at in range(0, size, piece):
-                    await driver.pwritev(start + at, (_ZEROES[: min(piece, size - at)],), passed & FUA)
-        if announce is not None:
-            await announce("pwritev_done")
+        try:
+            for start, size in _pieces(offset, length, limits.pwrite_zeroes_alignment, limits.max_pwrite_zeroes):
+                try:
+                    await driver.pwrite_zeroes(start, size, passed)
+                except NotSupported:
+                    if flags & NO_FALLBACK:
+                        raise
+                    piece = min(_FALLBACK_PIECE, self._max_transfer) & ~self._mask
+                    for at in range(0, size, piece):
+                        await driver.pwritev(start + at, (_ZEROES[: min(piece, size - at)],), passed & FUA)
+        finally:
+            if announce is not None:
+                await announce("pwritev_done")
         if flags & FUA and not driver.supports_fua:
             node.write_generation += 1
             await self.flush()
@@ -398,7 +433,11 @@ class Child:
                     continue
         except BaseException:
             counters.failed_unmap_operations += 1
+            node.write_generation += 1
             raise
+        finally:
+            if self._watches:
+                self._tell(offset, length)
         counters.unmap_operations += 1
         counters.unmap_bytes += length
         counters.unmap_total_time_ns += perf_counter_ns() - began
@@ -424,6 +463,9 @@ class Child:
         Where a longer backing node would show in new bytes of an overlay, they are zeroed.
         """
         node = self.node
+        if length > MAX_LENGTH:
+            reason = f"offset({length}) exceeds maximum({MAX_LENGTH})"
+            raise BlockIOError(errno.EFBIG, node_name=node.name, operation="resize", reason=reason)
         if node.read_only:
             raise ReadOnlyError("Image is read-only")
         backing = node.backing
@@ -497,7 +539,7 @@ class Root(Child):
                 raise self._outside("read", offset)
             await Child.preadv(self, offset, bufs)
         except BlockIOError as error:
-            self._report("read", error)
+            self._report("read", error, offset, nbytes(bufs))
             raise
         finally:
             self.in_flight -= 1
@@ -514,7 +556,7 @@ class Root(Child):
                 raise self._outside("write", offset)
             await Child.pwritev(self, offset, bufs, flags)
         except BlockIOError as error:
-            self._report("write", error)
+            self._report("write", error, offset, nbytes(bufs))
             raise
         finally:
             self.in_flight -= 1
@@ -522,21 +564,21 @@ class Root(Child):
                 self._check_idle()
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        async with self._request("write"):
+        async with self._request("write", offset, length):
             await super().pwrite_zeroes(offset, length, flags)
 
     async def pdiscard(self, offset: int, length: int) -> None:
-        async with self._request("unmap"):
+        async with self._request("unmap", offset, length):
             await super().pdiscard(offset, length)
 
     async def flush(self) -> None:
-        async with self._request("flush"):
+        async with self._request("flush", 0, 0):
             await super().flush()
 
     async def truncate(
         self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
     ) -> None:
-        async with self._request("resize"):
+        async with self._request("resize", length, 0):
             await super().truncate(length, exact=exact, prealloc=prealloc, zero=zero)
 
     @asynccontextmanager
@@ -553,7 +595,7 @@ class Root(Child):
                 self._check_idle()
 
     @asynccontextmanager
-    async def _request(self, operation: str) -> AsyncIterator[None]:
+    async def _request(self, operation: str, offset: int, length: int) -> AsyncIterator[None]:
         if self._gate is not None:
             await self.wait_undrained()
         self.in_flight += 1
@@ -561,7 +603,7 @@ class Root(Child):
             yield
         except BlockIOError as error:
             if not isinstance(error, NotSupported):
-                self._report(operation, error)
+                self._report(operation, error, offset, length)
             raise
         finally:
             self.in_flight -= 1
@@ -573,12 +615,15 @@ class Root(Child):
             errno.EIO, node_name=self.node.name, operation=operation, offset=offset, reason="outside of the node"
         )
 
-    def _report(self, operation: str, error: BlockIOError) -> None:
+    def _report(self, operation: str, error: BlockIOError, offset: int, length: int) -> None:
         if not self.report_errors:
             return
+        self.node.graph.ledger.record_error(
+            self.node, operation=operation, offset=offset, length=length, errno=error.errno
+        )
         data: dict[str, Any] = {
             "device": "",
-            "node-name": self.node.name,
+            "node-name": self.node.public_name,
             "operation": "write" if operation == "unmap" else operation,
             "action": "report",
             "nospace": error.errno == errno.ENOSPC,

@@ -26,6 +26,7 @@ from fusebd.block.node import Node
 from fusebd.block.options import (
     BlockdevOptions,
     Json,
+    OptionStruct,
     convert,
     declared_options,
     parse_keyval,
@@ -57,6 +58,7 @@ __all__ = [
     "ProtocolDriver",
     "Status",
     "driver_class",
+    "driver_command",
     "driver_names",
     "nbytes",
     "parse_blockdev",
@@ -67,6 +69,36 @@ __all__ = [
 
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 D = TypeVar("D", bound="Driver")
+C = TypeVar("C", bound=Callable[..., Awaitable[Any]])
+
+
+@dataclass(frozen=True, slots=True)
+class DriverCommand:
+    """A command that a driver carries out: *method*, called with an instance of *arguments*, answers it."""
+
+    name: str
+    arguments: type[OptionStruct]
+    method: Callable[[Any, Any], Awaitable[Json]]
+    inserts: bool = False
+    allow_oob: bool = False
+
+
+def driver_command(
+    name: str, arguments: type[OptionStruct], *, inserts: bool = False, allow_oob: bool = False
+) -> Callable[[C], C]:
+    """Decorator of a driver's method: it answers the QMP command *name*, which takes a ``node-name``, too.
+
+    The driver of that node, or the first one of its kind below it, is asked.  With *inserts* only that node, and
+    filters that were inserted above it, are looked at; if the driver is not among them, it is inserted.
+    *allow_oob*: also out of band, so it must never suspend.
+    """
+
+    def mark(method: C) -> C:
+        command = DriverCommand(name, arguments, method, inserts, allow_oob)
+        method.driver_command = command  # type: ignore[attr-defined]
+        return method
+
+    return mark
 
 
 @dataclass(slots=True)
@@ -99,13 +131,17 @@ class Driver:
     is_format: ClassVar[bool] = False
     #: options, by their QAPI names, that decide what the node contains: they are part of a ``json:`` name
     strong_options: ClassVar[frozenset[str]] = frozenset()
-    #: whether ``pwritev`` honours the FUA flag; otherwise the edge flushes after the write
-    supports_fua: ClassVar[bool] = False
     #: file-name prefix that names this driver (``blkdebug:``), None if it has none
     protocol_prefix: ClassVar[str | None] = None
 
     #: options of children whose format is probed where a file name leaves it out (not for blockdev-add)
     probed_children: ClassVar[frozenset[str]] = frozenset()
+
+    #: whether children come and go while the node is open: see ``fusebd.block.membership``
+    changes_children: ClassVar[bool] = False
+
+    #: what the monitor can have a node of this driver do, by the commands' names
+    commands: ClassVar[dict[str, DriverCommand]] = {}
 
     node: Node
     length: int = 0
@@ -141,6 +177,11 @@ class Driver:
         """Let go of what the driver itself holds.  The node was flushed; its children close after it."""
 
     # -- data -----------------------------------------------------------------------------------
+
+    @property
+    def supports_fua(self) -> bool:
+        """Whether ``pwritev`` and ``pwrite_zeroes`` honour the FUA flag; otherwise the edge flushes after them."""
+        return False
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         """Fill *bufs* with the bytes from byte *offset* on: all of them, or raise BlockIOError."""
@@ -204,7 +245,23 @@ class Driver:
     async def flush_to_disk(self) -> None:
         """Have the host make durable what was written (fdatasync)."""
 
+    # -- the host's file ------------------------------------------------------------------------
+
+    def backing_descriptor(self) -> int:
+        """What ``Node.backing_descriptor`` gives, as far as it is the driver's to say."""
+        reason = f"driver '{self.name}' is in the way"
+        raise NotSupported(node_name=self.node.name, operation="passthrough", reason=reason)
+
+    def refresh_length(self) -> None:
+        """Take over the length that the host's file has by now, for others may have written to it."""
+
     # -- the graph ------------------------------------------------------------------------------
+
+    def drain_begin(self) -> None:
+        """The requests on this node are waited for: let none wait on purpose until ``drain_end``.  Nests."""
+
+    def drain_end(self) -> None:
+        """The end of one ``drain_begin``."""
 
     @classmethod
     def child_perm(cls, node: Node, child: str, role: Role, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
@@ -219,6 +276,25 @@ class Driver:
 
     def child_resized(self, child: Child) -> None:
         """The node below *child* has a new length."""
+
+    def child_refreshed(self, child: Child) -> None:
+        """*child* leads to another node now, or its node has another ``debug_event`` or other limits."""
+
+    def new_child(self, below: Node) -> tuple[str, Role]:
+        """What name and role *below* gets as one more child; raise GraphError to refuse it."""
+        raise NotImplementedError
+
+    def check_removal(self, child: Child) -> None:
+        """Raise GraphError if *child* may not be taken away."""
+        raise NotImplementedError
+
+    def child_added(self, child: Child) -> None:
+        """*child* is there now; no request is under way."""
+        raise NotImplementedError
+
+    def child_removed(self, child: Child) -> None:
+        """*child* is not there any more; no request is under way."""
+        raise NotImplementedError
 
     # -- what is shown --------------------------------------------------------------------------
 
@@ -269,6 +345,10 @@ class FilterDriver(Driver):
         self.file = file
         self.length = file.node.driver.length
 
+    @property
+    def supports_fua(self) -> bool:
+        return self.file.driver.supports_fua
+
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         await self.file.preadv(offset, bufs)
 
@@ -306,6 +386,9 @@ def register(name: str, options: type[BlockdevOptions]) -> Callable[[type[D]], t
         # One class may serve two names (null-co, null-aio): each gets a class of its own.
         made: type[Driver] = driver if "name" not in driver.__dict__ else type(driver.__name__, (driver,), {})
         made.name, made.options_class = name, options
+        members = [member for base in reversed(driver.__mro__) for member in vars(base).values()]
+        marked = [getattr(member, "driver_command", None) for member in members]
+        made.commands = {command.name: command for command in marked if command is not None}
         _REGISTRY[name] = made
         return driver
 
@@ -370,7 +453,7 @@ def parse_blockdev_text(text: str) -> dict[str, Json]:
         value = loads(text)
         assert isinstance(value, dict)
         return value
-    if "help" in text.split(","):
+    if "help" in text.replace(",,", "").split(","):  # a doubled comma is part of a value
         raise OptionError("Help is not available for this option")
     return type_blockdev(parse_keyval(text, implied_key="driver"))
 

@@ -9,12 +9,14 @@ Meaning: QEMU bdrv_fill_options and bdrv_open_inherit (block.c).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Awaitable, Callable
 
 from fusebd.block.driver import driver_class, parse_blockdev, prefix_driver
+from fusebd.block.naming import base_directory
+from fusebd.block.node import Node
 from fusebd.block.options import BlockdevOptions, Json, declared_options, tree_from_dotted, type_keyval
+from fusebd.block.qjson import loads
 from fusebd.errors import OpenError, OptionError
 
 #: finds the format of the node that the options describe; suspends while it reads
@@ -27,16 +29,14 @@ def has_prefix(name: str) -> bool:
     return colon > 0 and not 0 <= slash < colon
 
 
-def resolve_relative(name: str, base: str | None) -> str:
-    """*name*, found in the image *base*, as a name that holds from here; absolute and prefixed names stay.
+def resolve_relative(name: str, base: Node | None) -> str:
+    """*name*, found in the image that is in *base*, as a name that holds from here; absolute and prefixed names stay.
 
     Raises OpenError if *base* has no directory.
     """
     if base is None or has_prefix(name) or os.path.isabs(name):
         return name
-    if not base or has_prefix(base):
-        raise OpenError(f"Cannot use relative backing file names for '{base}'")
-    return os.path.join(os.path.dirname(base), name)
+    return base_directory(base) + name
 
 
 def protocol_options(name: str) -> dict[str, Json]:
@@ -54,9 +54,9 @@ def protocol_options(name: str) -> dict[str, Json]:
 
 def _json_options(name: str) -> dict[str, Json]:
     try:
-        value = json.loads(name.removeprefix("json:"))
-    except ValueError:
-        raise OptionError("Could not parse the JSON options") from None
+        value = loads(name.removeprefix("json:"))
+    except OptionError as error:
+        raise error.prefixed("Could not parse the JSON options") from None
     if not isinstance(value, dict):
         raise OptionError("Invalid JSON object given")
     return tree_from_dotted(value)

@@ -8,11 +8,12 @@ Rules and messages: QEMU block.c (bdrv_open_inherit, bdrv_refresh_perms, bdrv_at
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import trio
@@ -20,7 +21,10 @@ from msgspec import UNSET
 
 from fusebd.block.child import Child, Root
 from fusebd.block.driver import driver_class, driver_names, parse_blockdev
+from fusebd.block.fileviews import FileViews
+from fusebd.block.ledger import Ledger
 from fusebd.block.node import Inherited, Node
+from fusebd.block.objects import Objects
 from fusebd.block.opening import Opening, resolve_inherited
 from fusebd.block.options import BlockdevOptions, Json
 from fusebd.block.perms import Perm, Role, perm_names
@@ -42,22 +46,34 @@ class Graph:
 
     ``nodes`` has every node by name, those being opened and anonymous ones too.  Listeners in
     ``event_listeners`` get (event name, data) of every event; those in ``node_listeners`` are called when named
-    nodes have come or gone.  ``close_failures`` says which nodes could not be flushed or closed when they ended.
+    nodes have come or gone, those in ``failure_listeners`` by ``fail``.  ``close_failures`` says which nodes could not
+    be flushed or closed when they ended.  ``objects`` has what options can refer to beside nodes; ``ledger`` keeps what
+    failed and what was made to; ``views`` are those who show nodes as files.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
+        self.objects = Objects()
+        self.ledger = Ledger(self.emit)
+        self.views = FileViews()
         self.roots: set[Root] = set()
         self.lock = trio.Lock()
         self.event_listeners: list[EventListener] = []
         self.node_listeners: list[Callable[[], None]] = []
+        self.failure_listeners: list[Callable[[str], None]] = []
         self.close_failures: list[str] = []
         self._anonymous = 0
+        self._drains: list[tuple[Node, set[Root]]] = []
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
         """Tell every listener of *event*."""
         for listener in self.event_listeners:
             listener(event, data)
+
+    def fail(self, reason: str) -> None:
+        """Have the program end, because of *reason*: a user asked for that in this case."""
+        for listener in self.failure_listeners:
+            listener(reason)
 
     # -- finding nodes --------------------------------------------------------------------------
 
@@ -75,7 +91,7 @@ class Graph:
     def find_for_reference(self, name: str) -> Node:
         """The node that a BlockdevRef string names; it may still be opening (then ``attach`` finds the cycle)."""
         node = self.nodes.get(name)
-        if node is None:
+        if node is None or not node.has_name:
             raise GraphError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
@@ -96,7 +112,7 @@ class Graph:
                 raise GraphError("'node-name' must be specified for the root node")
             node = await self.open_node(options)
             node.monitor_owned = True
-        self._nodes_changed()
+        self.nodes_changed()
         return node
 
     async def blockdev_del(self, name: str) -> None:
@@ -109,21 +125,29 @@ class Graph:
             if node is None or not node.is_open:
                 raise GraphError(f"Failed to find node with node-name='{name}'")
             if any(isinstance(edge, Root) for edge in node.parents):
-                raise GraphError(f"Node {name} is in use")
+                raise GraphError(f"Node {name} is in use", errno=errno.EBUSY)
+            if node.inserted_over is not None:
+                raise GraphError(f"Node {name} was inserted as a filter: block-filter-remove takes it out")
             if not node.monitor_owned:
                 raise GraphError(f"Node {name} is not owned by the monitor")
             if node.parents:
                 raise GraphError(f"Block device {name} is in use")
             node.monitor_owned = False
-            await self._release(node)
-        self._nodes_changed()
+            await self.release(node)
+        self.nodes_changed()
 
     async def open_node(
-        self, options: BlockdevOptions, *, inherit: Inherited | None = None, role: Role = Role.DATA
+        self,
+        options: BlockdevOptions,
+        *,
+        inherit: Inherited | None = None,
+        role: Role = Role.DATA,
+        described_as: tuple[str, ...] = (),
     ) -> Node:
         """Open a node and what is inline in it.  For ``Opening`` and ``add``: the caller attaches or owns it.
 
-        *inherit* is what an inline child takes over from its parent, None at the top.
+        *inherit* is what an inline child takes over from its parent, None at the top, and *described_as* where in
+        the options of the node that is added it stands.
         Raises FusebdError; everything that was opened for it is closed again then.
         """
         inherited = resolve_inherited(options, inherit, role)
@@ -132,14 +156,16 @@ class Graph:
         node = Node(self, name, options, inherited)
         if inherit is not None and options.discard is UNSET:
             node.unmap = True
+        node.has_name = cls.protocol_prefix is not None
+        node.described_as = described_as
         self.nodes[name] = node
         try:
             node.driver = await cls.open(Opening(self, node), options)
-            node.is_open = True
-            self._refresh_perms([node])
+            node.is_open = node.has_name = True
+            self.refresh_perms([node])
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._release(node)
+                await self.release(node)
             raise
         return node
 
@@ -157,20 +183,17 @@ class Graph:
             raise GraphError("Node name too long")
         return name
 
-    async def _release(self, node: Node) -> None:
-        """Close *node* if nothing uses it any more, and then its children likewise."""
+    async def release(self, node: Node, above: str = "") -> None:
+        """Close *node* if nothing uses it any more, and then its children likewise.
+
+        *above* names the nodes that it was below, for messages: many nodes have no name that a user knows.
+        """
+        name = f"{above}{node.name}"
         if node.in_use:
             return
         if node.is_open:
-            if not node.read_only:
-                try:
-                    await node.driver.flush()
-                except BlockIOError as error:
-                    self._close_failed(f"{node.name}: flush at close failed: {error}")
-            try:
-                await node.driver.close()
-            except BlockIOError as error:
-                self._close_failed(f"{node.name}: close failed: {error}")
+            with self._undelayed(self.subtree(node)):
+                await self._close(node, name)
         node.is_open = False
         self.nodes.pop(node.name, None)
         children = [edge.node for edge in node.children.values()]
@@ -179,8 +202,20 @@ class Graph:
         node.children.clear()
         for child in dict.fromkeys(children):
             if child.in_use:
-                self._loosen_perms(child)
-            await self._release(child)
+                self.loosen_perms(child)
+            await self.release(child, f"{name}: ")
+
+    async def _close(self, node: Node, name: str) -> None:
+        """Flush and close *node*, which messages call *name*."""
+        if not node.read_only:
+            try:
+                await node.driver.flush()
+            except BlockIOError as error:
+                self._close_failed(f"{name}: flush at close failed: {error.reason}")
+        try:
+            await node.driver.close()
+        except BlockIOError as error:
+            self._close_failed(f"{name}: close failed: {error.reason}")
 
     def _close_failed(self, message: str) -> None:
         log.error("%s", message)
@@ -195,7 +230,7 @@ class Graph:
                 node.monitor_owned = False
             while tops := [node for node in self.nodes.values() if not node.parents]:
                 for node in tops:
-                    await self._release(node)
+                    await self.release(node)
 
     async def probe(self, options: BlockdevOptions) -> str:
         """The name of the image format found in the node that *options* describe; ``raw`` if no other.
@@ -210,7 +245,7 @@ class Graph:
             raise error.prefixed("Could not read image for determining its format") from None
         finally:
             with trio.CancelScope(shield=True):
-                await self._release(node)
+                await self.release(node)
         scores = {name: driver_class(name).probe(bytes(data), node.driver.filename) for name in driver_names()}
         return max(scores, key=lambda name: scores[name])
 
@@ -219,25 +254,33 @@ class Graph:
     def attach(self, parent: Node, name: str, role: Role, below: Node) -> Child:
         """Make *below* the child *name* of *parent*, with the permissions that the role asks for.
 
-        Raises GraphError for a cycle, PermissionConflict, ReadOnlyError; *below* is then not attached, and
-        is closed with *parent* if it was opened for it.
+        Raises GraphError for a cycle, PermissionConflict, ReadOnlyError; *below* is then not attached.
         """
         # a node that is found while it is still opening is one that this opening began with
-        if not below.is_open or parent in self._subtree(below):
+        if not below.is_open or parent in self.subtree(below):
             raise GraphError(f"Making '{below.name}' a {name} child of '{parent.name}' would create a cycle")
         edge = Child(parent, name, role, below)
         parent.children[name] = edge
         below.parents.append(edge)
         try:
-            self._refresh_perms([parent])
+            self.refresh_perms([parent])
         except BaseException:
             del parent.children[name]
             below.parents.remove(edge)
             raise
         return edge
 
+    async def attach_opened(self, parent: Node, name: str, role: Role, below: Node) -> Child:
+        """``attach`` a node that was opened for *parent*: if that fails, nobody has it, and it is closed again."""
+        try:
+            return self.attach(parent, name, role, below)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.release(below)
+            raise
+
     @staticmethod
-    def _subtree(node: Node) -> set[Node]:
+    def subtree(node: Node) -> set[Node]:
         found = {node}
         todo = [node]
         while todo:
@@ -258,11 +301,15 @@ class Graph:
         root.perm, root.shared = perm, shared
         node.parents.append(root)
         try:
-            self._refresh_perms([node])
+            self.refresh_perms([node])
         except BaseException:
             node.parents.remove(root)
             raise
         self.roots.add(root)
+        for drained, roots in self._drains:
+            if drained in self.subtree(node):
+                root.begin_drain()
+                roots.add(root)
         return root
 
     def set_root_perms(self, root: Root, perm: Perm, shared: Perm) -> None:
@@ -270,7 +317,7 @@ class Graph:
         before = root.perm, root.shared
         root.perm, root.shared = perm, shared
         try:
-            self._refresh_perms([root.node])
+            self.refresh_perms([root.node])
         except BaseException:
             root.perm, root.shared = before
             raise
@@ -281,12 +328,14 @@ class Graph:
             await self._detach_root(root)
 
     async def _detach_root(self, root: Root) -> None:
-        await root.wait_idle()
+        if root.in_flight:  # else nothing is waited for, and what others have under way is not to be hurried
+            with self._undelayed(self.subtree(root.node)):
+                await root.wait_idle()
         self.roots.discard(root)
         if root in root.node.parents:
             root.node.parents.remove(root)
-            self._loosen_perms(root.node)
-            await self._release(root.node)
+            self.loosen_perms(root.node)
+            await self.release(root.node)
 
     # -- permissions ----------------------------------------------------------------------------
 
@@ -306,7 +355,7 @@ class Graph:
             visit(node)
         return order[::-1]
 
-    def _refresh_perms(self, tops: Iterable[Node]) -> None:
+    def refresh_perms(self, tops: Iterable[Node]) -> None:
         """Work out the permissions of all edges below *tops* anew; all of it takes effect, or nothing.
 
         A node that is still opening has no parents yet; what it needs of its children counts all the same.
@@ -339,10 +388,10 @@ class Graph:
         taken, given = driver_class(node.driver_name).child_perm(node, edge.name, edge.role, perm, shared)
         return (taken, Perm.ALL) if edge.node.force_share else (taken, given)
 
-    def _loosen_perms(self, node: Node) -> None:
+    def loosen_perms(self, node: Node) -> None:
         """Work out permissions after a user went away; what cannot be loosened stays, and is logged."""
         try:
-            self._refresh_perms([node])
+            self.refresh_perms([node])
         except FusebdError as error:
             log.warning("%s: permissions could not be loosened: %s", node.name, error)
 
@@ -354,16 +403,39 @@ class Graph:
 
         The caller holds ``lock``.
         """
-        roots = [root for root in self.roots if node in self._subtree(root.node)]
-        for root in roots:
+        trees = {root: tree for root in self.roots if node in (tree := self.subtree(root.node))}
+        for root in trees:
             root.begin_drain()
+        held = node, set(trees)  # and roots that come meanwhile
+        self._drains.append(held)
         try:
-            for root in roots:
-                await root.wait_idle()
+            with self._undelayed({node}.union(*trees.values())):
+                for root in trees:
+                    await root.wait_idle()
+                yield
+        finally:
+            self._drains.remove(held)
+            for root in held[1]:
+                root.end_drain()
+
+    @staticmethod
+    @contextmanager
+    def _undelayed(nodes: Iterable[Node]) -> Iterator[None]:
+        """While in this context, the drivers of *nodes* hold no request back on purpose."""
+        drivers = [node.driver for node in nodes if node.is_open]
+        for driver in drivers:
+            driver.drain_begin()
+        try:
             yield
         finally:
-            for root in roots:
-                root.end_drain()
+            for driver in drivers:
+                driver.drain_end()
+
+    def stop_delaying(self) -> None:
+        """From now on, for good, no driver holds a request back on purpose: whoever serves clients wants to end."""
+        for node in self.nodes.values():
+            if node.is_open:
+                node.driver.drain_begin()
 
     # -- commands on nodes ----------------------------------------------------------------------
 
@@ -381,15 +453,15 @@ class Graph:
             finally:
                 await self._detach_root(root)
 
-    def _nodes_changed(self) -> None:
+    def nodes_changed(self) -> None:
         for listener in self.node_listeners:
             listener()
 
 
 def _check_conflicts(node: Node) -> None:
-    """Refuse if one parent of *node* takes what another does not share."""
-    for a in node.parents:
-        for b in node.parents:
+    """Refuse if one parent of *node* takes what another does not share; the latest are looked at first."""
+    for a in reversed(node.parents):
+        for b in reversed(node.parents):
             if a is b or not b.perm & ~a.shared:
                 continue
             raise PermissionConflict(

@@ -3,7 +3,7 @@
 It is a plain name (a path, ``blkdebug:config:image``) if there is one that says it all, else ``json:{...}`` made
 of the options that decide what the node contains.
 
-Rules: QEMU bdrv_refresh_filename, append_strong_runtime_options, bdrv_backing_overridden (block.c).
+Rules: QEMU bdrv_refresh_filename, append_strong_runtime_options, bdrv_backing_overridden, bdrv_dirname (block.c).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import UNSET
 
-from fusebd.block.qjson import dumps
+from fusebd.block.qjson import bucket, dumps
+from fusebd.errors import OpenError
 
 if TYPE_CHECKING:
     from fusebd.block.node import Node
@@ -52,13 +53,25 @@ def has_strong_options(node: Node) -> bool:
 
 
 def _given_options(node: Node) -> dict[str, Json]:
-    """The strong options of *node* by their dotted names, as far as they were given."""
+    """The strong options of *node* by their dotted names, as far as they were given, to be shown in reverse.
+
+    QEMU copies them from one hash table into the next, and a member follows the others of its bucket in the order in
+    which they are found in the table before: as the JSON object is flattened, what is not nested at the top first;
+    then in the options of each node that this one is described in, outermost first, where the names are longer.
+    At last it takes what is nested before what is not.
+    """
+    path = node.described_as
+    members = [member for member in _members(node.options) if member[0] in node.driver.strong_options]
+    members.sort(key=lambda member: bucket(member[0]) if path or isinstance(member[1], (list, msgspec.Struct)) else -1)
     given: dict[str, Json] = {}
-    for name, value in _members(node.options):
-        if name in node.driver.strong_options:
-            _flatten(name, value, given)
-    # QEMU copies them out of one hash table into another, which turns the order of those in one bucket around.
-    return dict(reversed(given.items()))
+    for name, value in members:
+        _flatten(name, value, given)
+    names = list(given)
+    for depth in range(len(path)):
+        names.sort(key=lambda name: bucket(".".join((*path[depth:], name))))
+    names.reverse()
+    names.sort(key=lambda name: "." not in name)
+    return {name: given[name] for name in names}
 
 
 def _members(options: msgspec.Struct) -> Iterator[tuple[str, Json]]:
@@ -70,7 +83,7 @@ def _members(options: msgspec.Struct) -> Iterator[tuple[str, Json]]:
 
 def _flatten(name: str, value: Json, into: dict[str, Json]) -> None:
     if isinstance(value, msgspec.Struct):
-        for key, item in _members(value):
+        for key, item in sorted(_members(value), key=lambda member: bucket(member[0])):
             _flatten(f"{name}.{key}", item, into)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
@@ -87,6 +100,20 @@ def backing_overridden(node: Node) -> bool:
     if getattr(node.options, "backing", UNSET) is UNSET:
         return False
     return bool(named != node_filename(node.backing.node))
+
+
+def base_directory(node: Node) -> str:
+    """What relative names in the image that is in *node* begin with: a path that ends in a slash, or nothing.
+
+    Raises OpenError if there is none: where two images with directories of their own are below, or no file.
+    """
+    child = node.primary_child
+    if child is not None and not (node.driver.is_filter and len(node.children) > 1):
+        return base_directory(child.node)
+    name = "" if child is not None else node.driver.filename
+    if not name:
+        raise OpenError(f"Cannot generate a base directory for {node.driver_name} nodes")
+    return name[: name.rfind("/") + 1]
 
 
 def format_filename(node: Node) -> str:

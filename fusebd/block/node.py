@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from fusebd.block.perms import Perm, Role
+from fusebd.errors import NotSupported
 
 if TYPE_CHECKING:
     from fusebd.block.child import Child
+    from fusebd.block.contentwatch import ContentWatch
     from fusebd.block.driver import Driver
     from fusebd.block.graph import Graph
     from fusebd.block.options import BlockdevOptions
@@ -84,7 +86,8 @@ class Node:
     """One block node.  Made and ended by the graph alone.
 
     ``read_only`` is what holds now (an option, inherited, or fallen back to); ``unmap`` whether
-    discards are carried out.  ``driver`` exists once the node is open (``is_open``).
+    discards are carried out.  ``driver`` exists once the node is open (``is_open``).  ``has_name`` says whether
+    references find it: as in QEMU, a node that is no protocol gets its name only when its ``file`` has been opened.
     """
 
     driver: Driver
@@ -101,13 +104,20 @@ class Node:
         self.unmap = options.discard == "unmap"
         self.detect_zeroes = options.detect_zeroes
         self.is_open = False
+        self.has_name = False
+        self.described_as: tuple[str, ...] = ()  # the names of children from the node that was added down to it
         self.monitor_owned = False
+        #: for a filter that was inserted above a node: that node, and the name by which it is its child
+        self.inserted_over: tuple[Node, str] | None = None
+        #: the filter that was inserted above this node, through which all who use it go
+        self.inserted_above: Node | None = None
         self.parents: list[Child] = []
         self.children: dict[str, Child] = {}
         self.counters = Counters()
         self.ranges = RangeLock()
         self.write_generation = 0
         self.flushed_generation = 0
+        self.watches: list[ContentWatch] = []
         self.perm, self.shared = Perm.NONE, Perm.ALL  # what the driver was last told
 
     def __repr__(self) -> str:
@@ -120,6 +130,22 @@ class Node:
     @property
     def in_use(self) -> bool:
         return bool(self.parents) or self.monitor_owned
+
+    @property
+    def public_name(self) -> str:
+        """The name that users know: that of the node itself, or of what it was inserted over if it has none."""
+        node = self
+        while node.name.startswith("#") and node.inserted_over is not None:
+            node = node.inserted_over[0]
+        return node.name
+
+    @property
+    def entrance(self) -> Node:
+        """Where users outside the graph enter when they want this node: the topmost filter inserted above it."""
+        node = self
+        while node.inserted_above is not None:
+            node = node.inserted_above
+        return node
 
     @property
     def primary_child(self) -> Child | None:
@@ -146,6 +172,27 @@ class Node:
         self.driver.length = length
         for edge in self.parents:
             edge.child_resized()
+
+    def refresh_edges(self) -> None:
+        """Have all parents take over what their requests need to know of this node."""
+        for edge in self.parents:
+            edge.refresh()
+
+    def backing_descriptor(self) -> int:
+        """The host's file that holds the node's bytes, just them and where they are, for who goes past the block layer.
+
+        Raises NotSupported; its reason says what is in the way.
+        """
+        if self.detect_zeroes != "off":
+            reason = f"detect-zeroes is '{self.detect_zeroes}'"
+            raise NotSupported(node_name=self.name, operation="passthrough", reason=reason)
+        return self.driver.backing_descriptor()
+
+    def changed_aside(self) -> None:
+        """The content may have changed otherwise than by a request through an edge: the next flush matters."""
+        self.write_generation += 1
+        for watch in self.watches:
+            watch.changed(self, 0, 0)
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
         self.graph.emit(event, data)

@@ -5,6 +5,8 @@ Inheritance of options from parent to inline child: QEMU bdrv_inherited_options 
 
 from __future__ import annotations
 
+import os
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
@@ -13,11 +15,17 @@ from fusebd.block import filename
 from fusebd.block.node import Inherited, Node
 from fusebd.block.options import BlockdevOptions, BlockdevRef
 from fusebd.block.perms import Role
-from fusebd.errors import FusebdError, GraphError
+from fusebd.errors import FusebdError, GraphError, OpenError
 
 if TYPE_CHECKING:
     from fusebd.block.child import Child
     from fusebd.block.graph import Graph
+
+
+#: images in a backing chain that is opened by the names in them; a longer one would exhaust Python's stack
+MAX_CHAIN = 200
+#: the names by which images above the one that this task is opening were opened
+_names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
 
 
 def resolve_inherited(options: BlockdevOptions, parent: Inherited | None, role: Role) -> Inherited:
@@ -46,6 +54,13 @@ def _given(own: bool | UnsetType, otherwise: bool) -> bool:
     return otherwise if own is UNSET else bool(own)
 
 
+class _ChainTooLong(OpenError):
+    """Its text stays as it is on the way up, where every image of the chain would add to it."""
+
+    def prefixed(self, context: str) -> FusebdError:
+        return self
+
+
 class Opening:
     """Handed to ``Driver.open``: opens children and settles whether the node can be written."""
 
@@ -66,27 +81,72 @@ class Opening:
             raise error
         self.node.read_only = True
 
-    async def child(self, name: str, ref: BlockdevRef, role: Role) -> Child:
+    async def child(self, name: str, ref: BlockdevRef, role: Role, *, failure: str = "") -> Child:
         """Open the child *name* that *ref* names or describes, and attach it.
 
         Suspends while the child opens.  Raises GraphError (no such node, cycle), PermissionConflict,
-        and what the child's driver raises.
+        and what the child's driver raises; *failure* is put before what went wrong while it was looked for or opened.
         """
+        if name != "file":
+            self.node.has_name = True
+        try:
+            if ref.reference is not None:
+                below = self.graph.find_for_reference(ref.reference)
+            else:
+                assert ref.options is not None
+                below = await self.graph.open_node(
+                    ref.options,
+                    inherit=self.node.inherited,
+                    role=role,
+                    described_as=(*self.node.described_as, name),
+                )
+        except FusebdError as error:
+            raise (error.prefixed(failure) if failure else error) from None
+        self.node.has_name = True
         if ref.reference is not None:
-            below = self.graph.find_for_reference(ref.reference)
-        else:
-            assert ref.options is not None
-            below = await self.graph.open_node(ref.options, inherit=self.node.inherited, role=role)
-        return self.graph.attach(self.node, name, role, below)
+            return self.graph.attach(self.node, name, role, below)
+        return await self.graph.attach_opened(self.node, name, role, below)
 
     async def child_by_filename(
-        self, name: str, file: str, role: Role, *, driver: str | None = None, base: str | None = None
+        self,
+        name: str,
+        file: str,
+        role: Role,
+        *,
+        driver: str | None = None,
+        base: Node | None = None,
+        failure: str = "",
     ) -> Child:
         """Open the child *name* from the file name *file* as images and command lines spell it.
 
         *driver* is the image format to take it as; None has it probed.  A relative name is taken from
         the directory of *base*.  Understands ``json:``, ``blkdebug:`` and the other legacy names.
+        Suspends and raises as ``child`` does.
         """
-        options = await filename.options_for(filename.resolve_relative(file, base), driver, self.graph.probe)
-        below = await self.graph.open_node(options, inherit=self.node.inherited, role=role)
-        return self.graph.attach(self.node, name, role, below)
+        whole = filename.resolve_relative(file, base)
+        above = _names.get()
+        token = _names.set((*above, whole))
+        try:
+            if whole in above or self._is_file_above(whole):
+                raise OpenError(f"Backing file '{whole}' creates an infinite loop.")
+            if len(above) >= MAX_CHAIN:
+                raise _ChainTooLong(f"Backing file chain has more than {MAX_CHAIN} images")
+            options = await filename.options_for(whole, driver, self.graph.probe)
+            below = await self.graph.open_node(options, inherit=self.node.inherited, role=role)
+        except FusebdError as error:
+            raise (error.prefixed(failure) if failure else error) from None
+        finally:
+            _names.reset(token)
+        return await self.graph.attach_opened(self.node, name, role, below)
+
+    def _is_file_above(self, name: str) -> bool:
+        """Whether *name* is the file of an image that is opening, that is of this one or one above it."""
+        for node in self.graph.nodes.values():
+            file = node.children.get("file")
+            if not node.is_open and file is not None and file.node.is_open:
+                try:
+                    if os.path.samefile(file.node.driver.filename, name.removeprefix("file:")):
+                        return True
+                except (OSError, ValueError):  # one of them is no path, or nothing is there
+                    continue
+        return False

@@ -9,6 +9,7 @@ Meaning and spelling: QEMU's qapi/block-core.json (BlockdevOptions) and util/key
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -20,7 +21,12 @@ from fusebd.errors import OptionError
 
 Json = Any
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Size = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+#: QAPI's unsigned types; msgspec has no limits so large, so that ``convert`` checks them itself.  As in QEMU, a
+#: negative number is taken for the 64-bit one with the same bits: who uses a Uint64 reduces it modulo 2**64
+Uint32 = Annotated[int, Meta(extra={"unsigned_bits": 32})]
+Uint64 = Annotated[int, Meta(extra={"unsigned_bits": 64})]
 
 T = TypeVar("T")
 
@@ -92,11 +98,12 @@ _COMPLAINTS = (
     (re.compile(r"Object missing required field `(?P<f>[^`]*)`"), "Parameter '{p}' is missing"),
     (re.compile(r"Object contains unknown field `(?P<f>[^`]*)`"), "Parameter '{p}' is unexpected"),
     (re.compile(r"Invalid enum value '?(?P<v>.*?)'?$"), "Parameter '{n}' does not accept value '{v}'"),
+    (re.compile(r"Expected `int` [<>]= -?214748364[78]$"), "Parameter '{n}' expects int32_t"),
     (
         re.compile(r"Expected `int` [<>]=|Integer value out of range"),
         "Invalid parameter type for '{p}', expected: integer",
     ),
-    (re.compile(r"expected (?P<t>BlockdevRef)"), "Invalid parameter type for '{p}', expected: {ref}"),
+    (re.compile(r"expected (?P<t>BlockdevRef)"), "Invalid parameter type for '{n}', expected: {ref}"),
     (re.compile(r"Expected `(?P<t>[^`]*)`, got"), "Invalid parameter type for '{p}', expected: {t}"),
 )
 _TYPE_NAMES = {"str": "string", "int": "integer", "bool": "boolean", "float": "number"}
@@ -116,6 +123,8 @@ def _complaint(error: msgspec.ValidationError, struct: type[msgspec.Struct], pre
         if "f" in parts:
             path = f"{path}.{parts['f']}" if path else parts["f"]
         expected = parts.get("t") or ""
+        if expected and path in _unsigned_options(struct):
+            return OptionError(f"Parameter '{path}' expects uint64")
         return OptionError(
             template.format(
                 p=prefix + path,
@@ -135,21 +144,58 @@ def _ref_name(struct: type[msgspec.Struct], path: str) -> str:
     return "BlockdevRef"
 
 
+@functools.cache
+def _unsigned_options(struct: type[msgspec.Struct]) -> dict[str, int]:
+    """The options of *struct* that are declared as Uint32 or Uint64: name -> number of bits."""
+    info = msgspec.inspect.type_info(struct)
+    assert isinstance(info, msgspec.inspect.StructType)
+    found = {}
+    todo = [(field.encode_name, field.type) for field in info.fields]
+    while todo:
+        name, kind = todo.pop()
+        if isinstance(kind, msgspec.inspect.UnionType):
+            todo += [(name, member) for member in kind.types]
+        elif isinstance(kind, msgspec.inspect.Metadata):
+            todo.append((name, kind.type))
+            if bits := (kind.extra or {}).get("unsigned_bits"):
+                found[name] = bits
+    return found
+
+
+def _check_unsigned(value: Json, struct: type[msgspec.Struct]) -> None:
+    """Refuse what is too large, or too small, in *value* for its unsigned type.  Raises OptionError."""
+    for name, bits in _unsigned_options(struct).items():
+        given = value.get(name, 0)
+        if not -(2**63) <= given < 2**64:
+            raise OptionError(f"Parameter '{name}' expects uint64")
+        if bits == 32 and not 0 <= given < 2**32:
+            raise OptionError(f"Parameter '{name}' expects uint32_t")
+
+
 def convert(value: Json, kind: type[T], prefix: str = "") -> T:
     """*value* (plain JSON types) as *kind*, a Struct; raises OptionError in QEMU's words.
 
     *prefix* is put before each parameter's name: the place where the object stands, ``file.``.
     Values of BlockdevRef options are left unvalidated: ``fusebd.block.driver.parse_blockdev`` does them.
     """
+    assert issubclass(kind, msgspec.Struct)
     try:
-        return msgspec.convert(value, kind, dec_hook=_decode_custom)
+        converted = msgspec.convert(value, kind, dec_hook=_decode_custom)
+        _check_unsigned(value, kind)
+        return converted
     except msgspec.ValidationError as error:
-        assert issubclass(kind, msgspec.Struct)
-        raise _complaint(error, kind, prefix) from None
+        complaint = _complaint(error, kind, prefix)
+    if (
+        isinstance(value, dict)
+        and (known := {k: v for k, v in value.items() if k in kind.__struct_encode_fields__}) != value
+    ):
+        # QEMU looks for what it knows first, and at what is left over only if all of that is right.
+        convert(known, kind, prefix)
+    raise complaint
 
 
 def references(options: msgspec.Struct) -> Iterator[tuple[str, BlockdevRef]]:
-    """The (option name, BlockdevRef) pairs among *options*, lists included (``children.0``)."""
+    """The (option name, BlockdevRef) pairs among *options*, lists included (``children[0]``)."""
     for attribute, name in zip(options.__struct_fields__, options.__struct_encode_fields__, strict=True):
         value = getattr(options, attribute)
         if isinstance(value, BlockdevRef):
@@ -157,7 +203,7 @@ def references(options: msgspec.Struct) -> Iterator[tuple[str, BlockdevRef]]:
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, BlockdevRef):
-                    yield f"{name}.{index}", item
+                    yield f"{name}[{index}]", item
 
 
 # --- the declaration, read back ------------------------------------------------------------------
@@ -224,8 +270,8 @@ def _option(field: msgspec.inspect.Field) -> Option:
     return Option(field.encode_name, name, field.required, default, choices, description, members)
 
 
-def describe(struct: type[BlockdevOptions]) -> str:
-    """A listing of a driver's options for people, in the manner of ``qemu-img create -o help``."""
+def describe(struct: type[OptionStruct]) -> str:
+    """A listing of declared options for people, in the manner of ``qemu-img create -o help``."""
     lines: list[str] = []
 
     def add(options: tuple[Option, ...], prefix: str) -> None:
@@ -371,7 +417,15 @@ def _typed(value: Json, option: Option, name: str) -> Json:
         return value == "on"
     if option.type_name == "integer":
         try:
-            return int(value, 0) if not re.match(r"[+-]?0\d", value) else int(value, 8)
+            number = int(value, 0) if not re.match(r"[+-]?0\d", value) else int(value, 8)
         except ValueError:
             raise OptionError(f"Parameter '{name}' expects integer") from None
+        if not -(2**63) <= number < 2**64:
+            raise OptionError(f"Parameter '{name}' expects integer")
+        return number
+    if option.type_name == "number":
+        try:
+            return float(value)
+        except ValueError:
+            raise OptionError(f"Invalid parameter type for '{name}', expected: number") from None
     return value

@@ -354,7 +354,7 @@ def loads(text: str) -> Json:
 
 
 @lru_cache(maxsize=4096)
-def _bucket(key: str) -> int:
+def bucket(key: str) -> int:
     data = key.encode(errors="surrogateescape")
     value = 0x238F13AF * len(data) + sum(byte << (5 * index % 24) for index, byte in enumerate(data))
     return ((1103515243 * value + 12345) & 0xFFFFFFFF) % 512
@@ -363,7 +363,7 @@ def _bucket(key: str) -> int:
 def ordered(value: dict[str, Json]) -> list[tuple[str, Json]]:
     """The members of *value* as QEMU would list them: by bucket, and within one the last entered first."""
     latest_first = list(reversed(value.items()))
-    return sorted(latest_first, key=lambda member: _bucket(member[0]))
+    return sorted(latest_first, key=lambda member: bucket(member[0]))
 
 
 _ESCAPED = re.compile(f"{_NUL}|[^ !#-\\[\\]-~]")

@@ -68,13 +68,33 @@ async def test_an_unknown_reference_is_refused(graph: Graph) -> None:
     assert await refusal(graph, raw("a", "nope")) == "Cannot find device='nope' nor node-name='nope'"
 
 
+def blkdebug(name: str, image: Any) -> dict[str, Any]:
+    return {"driver": "blkdebug", "node-name": name, "image": image}
+
+
 async def test_a_node_cannot_be_its_own_child(graph: Graph) -> None:
-    assert await refusal(graph, raw("a", "a")) == "Making 'a' a file child of 'a' would create a cycle"
+    assert await refusal(graph, blkdebug("a", "a")) == "Making 'a' a image child of 'a' would create a cycle"
 
 
 async def test_a_node_cannot_be_below_itself(graph: Graph) -> None:
-    message = await refusal(graph, raw("a", raw("b", "a")))
-    assert message == "Making 'a' a file child of 'b' would create a cycle"
+    message = await refusal(graph, blkdebug("a", raw("b", blkdebug("c", "a"))))
+    assert message == "Making 'a' a image child of 'c' would create a cycle"
+
+
+@pytest.mark.parametrize("file", ["a", raw("b", "a"), blkdebug("b", "a")], ids=str)
+async def test_a_node_that_is_no_protocol_has_no_name_before_its_file_is_open(graph: Graph, file: Any) -> None:
+    # as in QEMU: what would be a cycle refers to nothing
+    assert await refusal(graph, raw("a", file)) == "Cannot find device='a' nor node-name='a'"
+
+
+async def test_an_inline_child_that_cannot_be_attached_is_closed_again(graph: Graph, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    inner = {"driver": "file", "node-name": "inner", "filename": str(tmp_path / "image")}
+    options = {"driver": "blkdebug", "node-name": "a", "image": {**inner, "read-only": True}}
+    assert await refusal(graph, {**options, "take-child-perms": ["write"]}) == "Block node is read-only"
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    await graph.blockdev_add(options)
 
 
 async def test_a_failed_add_leaves_nothing_behind(graph: Graph, tmp_path: Path) -> None:
