@@ -13,51 +13,56 @@ import errno
 from typing import Annotated, ClassVar, TypeVar
 
 import trio
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.child import fill_zeroes
+from fusebd.block.child import MAX_LENGTH, fill_zeroes
 from fusebd.block.driver import BlockStatus, Buffers, ProtocolDriver, Status, register
 from fusebd.block.naming import has_strong_options
 from fusebd.block.node import Node
 from fusebd.block.opening import Opening
-from fusebd.block.options import BlockdevOptions, Int, Json, Size
+from fusebd.block.options import BlockdevOptions, Int, Json
 from fusebd.errors import OpenError, OptionError
 
 N = TypeVar("N", bound="_Null")
 
 _DEFAULT_SIZE = 1 << 30
-#: the longest node that QEMU has (BDRV_MAX_LENGTH)
-_MAX_SIZE = 2**63 - 2**30
 
 
 class NullOptions(BlockdevOptions, frozen=True, kw_only=True):
-    size: Annotated[Int, Meta(description="length of the node in bytes")] = _DEFAULT_SIZE
-    latency_ns: Annotated[Size, Meta(description="nanoseconds that a request takes")] = 0
-    read_zeroes: Annotated[bool, Meta(description="whether block status says that the node reads as zeroes")] = False
+    size: Annotated[Int | UnsetType, Meta(description="length of the node in bytes, 1 GiB if absent")] = UNSET
+    latency_ns: Annotated[Int, Meta(description="nanoseconds that a request takes")] = 0
+    read_zeroes: Annotated[
+        bool | UnsetType, Meta(description="whether block status says that the node reads as zeroes")
+    ] = UNSET
+
+
+def _size(options: NullOptions) -> int:
+    return _DEFAULT_SIZE if options.size is UNSET else int(options.size)
 
 
 class _Null(ProtocolDriver):
     """Reads, writes and flushes suspend for ``latency-ns``."""
 
-    supports_fua: ClassVar[bool] = True
+    supports_fua = True
     strong_options: ClassVar[frozenset[str]] = frozenset({"size", "read-zeroes"})
 
     def __init__(self, node: Node, options: NullOptions) -> None:
         super().__init__(node)
-        self.length = options.size
+        self.length = _size(options)
         self._latency = options.latency_ns / 1e9
         self._status = Status.OFFSET_VALID | Status.ALLOCATED
-        if options.read_zeroes:
+        if options.read_zeroes is True:
             self._status |= Status.ZERO
 
     @classmethod
     async def open(cls: type[N], opening: Opening, options: NullOptions) -> N:
         """Never suspends.  Raises OptionError, OpenError for a length or a latency that cannot be."""
-        if options.size < 0:
-            raise OptionError(f"Value '{options.size}' is out of range for parameter 'size'")
-        if options.size > _MAX_SIZE:
+        size = _size(options)
+        if size < 0:
+            raise OptionError(f"Value '{size}' is out of range for parameter 'size'")
+        if size > MAX_LENGTH:
             raise OpenError.from_os("Could not refresh total sector count", OSError(errno.EFBIG, ""))
-        if options.latency_ns >= 2**63:
+        if options.latency_ns < 0:
             raise OptionError("latency-ns is invalid")
         return cls(opening.node, options)
 

@@ -24,51 +24,49 @@ from fusebd.block.driver import (
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Int
 from fusebd.block.perms import Perm, Role, default_perms
-from fusebd.errors import BlockIOError, FusebdError, OptionError
+from fusebd.errors import BlockIOError, FusebdError, NotSupported, OptionError
 
 _SECTOR = 512
 
 
 class RawOptions(BlockdevOptions, frozen=True, kw_only=True):
     file: Annotated[BlockdevRef, Meta(description="the node whose bytes are shown")]
-    offset: Annotated[Int, Meta(description="first byte of the window")] = 0
+    offset: Annotated[Int | UnsetType, Meta(description="first byte of the window, 0 if absent")] = UNSET
     size: Annotated[Int | UnsetType, Meta(description="length of the window in bytes, a multiple of 512")] = UNSET
 
 
-def _window(options: RawOptions) -> bool:
-    return options.offset != 0 or options.size is not UNSET
+def _window(options: RawOptions) -> tuple[int, int | None]:
+    """The first byte that is shown, and how many are: None for all that follow."""
+    offset = 0 if options.offset is UNSET else int(options.offset)
+    return offset, None if options.size is UNSET else int(options.size)
 
 
 @register("raw", RawOptions)
 class Raw(FormatDriver):
     """Every request goes to ``file``, moved by the offset.  Announces read_aio and write_aio to it."""
 
-    supports_fua = True
     strong_options = frozenset({"offset", "size"})
 
     def __init__(self, node: Node, file: Child, options: RawOptions) -> None:
         super().__init__(node)
         self.file = file
-        self._offset = options.offset
-        self._size = None if options.size is UNSET else int(options.size)
+        self._offset, self._size = _window(options)
         self.length = self._length_over(file)
 
     @classmethod
     async def open(cls, opening: Opening, options: RawOptions) -> Raw:
-        size = None if options.size is UNSET else int(options.size)
-        for name, value in (("offset", options.offset), ("size", size or 0)):
+        offset, size = _window(options)
+        for name, value in (("offset", offset), ("size", size or 0)):
             if value < 0:
                 raise OptionError(f"Value '{value}' is out of range for parameter '{name}'")
-        role = Role.DATA | Role.PRIMARY if _window(options) else Role.FILTERED | Role.PRIMARY
+        role = Role.PRIMARY | (Role.DATA if offset or size is not None else Role.FILTERED)
         file = await opening.child("file", options.file, role)
         length = file.node.driver.length
-        if options.offset > length:
+        if offset > length:
+            raise OptionError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
+        if size is not None and length - offset < size:
             raise OptionError(
-                f"Offset ({options.offset}) cannot be greater than size of the containing file ({length})"
-            )
-        if size is not None and length - options.offset < size:
-            raise OptionError(
-                f"The sum of offset ({options.offset}) and size ({size}) has to be smaller or equal to the "
+                f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
                 f" actual size of the containing file ({length})"
             )
         if size is not None and size % _SECTOR:
@@ -86,6 +84,10 @@ class Raw(FormatDriver):
         changes = Perm.WRITE | Perm.RESIZE
         return taken & ~changes | perm & changes, given
 
+    @property
+    def supports_fua(self) -> bool:
+        return self.file.driver.supports_fua
+
     def _length_over(self, file: Child) -> int:
         length = max(file.node.driver.length - self._offset, 0)
         return length if self._size is None else min(length, self._size)
@@ -101,13 +103,13 @@ class Raw(FormatDriver):
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         file = self.file
-        if self._size is not None and offset + nbytes(bufs) > self._size:
-            raise self._failed("write", errno.ENOSPC)
+        self._check_inside(offset, nbytes(bufs))
         if file.debug_event is not None:
             await file.debug_event("write_aio")
         await file.pwritev(offset + self._offset, bufs, flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self._check_inside(offset, length)
         await self.file.pwrite_zeroes(offset + self._offset, length, flags)
 
     async def pdiscard(self, offset: int, length: int) -> None:
@@ -121,7 +123,20 @@ class Raw(FormatDriver):
     ) -> None:
         if self._size is not None:
             raise self._failed("resize", errno.ENOTSUP, "Cannot resize fixed-size raw disks")
+        if length > 2**63 - 1 - self._offset:
+            raise self._failed("resize", errno.EINVAL, "Disk size too large for the chosen offset")
         await self.file.truncate(length + self._offset, exact=exact, prealloc=prealloc, zero=zero)
+
+    def backing_descriptor(self) -> int:
+        if self._offset or self._size is not None:
+            reason = "raw has an offset or a size"
+            raise NotSupported(node_name=self.node.name, operation="passthrough", reason=reason)
+        return self.file.node.backing_descriptor()
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        """What is behind a window of fixed size is not this node's, even if the edge may resize."""
+        if self._size is not None and offset + length > self._size:
+            raise self._failed("write", errno.ENOSPC)
 
     def _failed(self, operation: str, code: int, reason: str = "") -> FusebdError:
         return BlockIOError(code, node_name=self.node.name, operation=operation, reason=reason)

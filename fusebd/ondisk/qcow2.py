@@ -29,6 +29,8 @@ MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15
 #: host offsets have 56 bits
 MAX_CLUSTER_OFFSET = (1 << 56) - 1
+#: the entries of a refcount table have 64 bits; no file is as long as the highest would be
+MAX_FILE_OFFSET = (1 << 62) - 1
 
 # --- header ------------------------------------------------------------------------------------------
 

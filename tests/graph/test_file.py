@@ -99,6 +99,14 @@ async def test_more_direct_requests_than_the_kernel_takes_at_once(graph: Graph, 
     assert b"".join(found[at] for at in range(0, MIB, 512)) == image.read_bytes()
 
 
+async def test_a_file_that_is_opened_for_direct_io_may_be_closed_at_once(graph: Graph, image: Path) -> None:
+    for _ in range(3):
+        await graph.blockdev_add(file(image, cache={"direct": True}))
+        await graph.blockdev_del("f")
+    await graph.blockdev_add(file(image, cache={"direct": True}))
+    assert await read(root_of(graph, "f"), 0, 512) == bytes([1]) * 512
+
+
 async def test_zeroes_and_discards_make_holes(graph: Graph, image: Path) -> None:
     await graph.blockdev_add(file(image, discard="unmap"))
     root = root_of(graph, "f")

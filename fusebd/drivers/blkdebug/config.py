@@ -11,6 +11,7 @@ a malformed line for something else (a value without quotes, an open quote), it 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _MAX_SIZE = 1 << 20
 _SECTION = re.compile(r'\[\s*([^\s"\]]+)(?:\s*"([^"]*)")?\s*\]')
 _SETTING = re.compile(r'\s*(\S{1,63})\s*=\s*"([^"]*)"')
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
-_NUMBER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|[0-9]+)\Z")
+_NUMBER = re.compile(r"\s*[+-]?(?:0[xX][0-9a-fA-F]+|[0-9]+)\Z")
 
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
 _SECTIONS: dict[str, type[InjectErrorOptions] | type[SetStateOptions]] = {
@@ -60,13 +61,25 @@ async def read_config(path: str) -> list[ConfiguredRule]:
     Raises OpenError if it cannot be read, OptionError for what is wrong in it.
     """
     try:
-        async with await trio.open_file(path, "rb") as file:
-            data = await file.read(_MAX_SIZE + 1)
+        data = await trio.to_thread.run_sync(_read, path)
     except OSError as error:
         raise OpenError.from_os("Could not read blkdebug config file", error) from None
     if len(data) > _MAX_SIZE:
         raise OptionError(f"{path}: configuration file is too long")
     return parse_config(data.decode(errors="surrogateescape"), path)
+
+
+def _read(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while len(data) <= _MAX_SIZE and (more := os.read(descriptor, _MAX_SIZE)):
+            data += more
+        return data
+    except OSError as error:
+        raise OpenError.from_os("Cannot read config file", error) from None
+    finally:
+        os.close(descriptor)
 
 
 def parse_config(text: str, path: str) -> list[ConfiguredRule]:
@@ -134,12 +147,15 @@ def _typed(option: Option, value: str, where: str) -> Json:
     if option.type_name == "integer":
         if not _NUMBER.match(value):
             raise OptionError(f"{where}: Parameter '{option.name}' expects a number")
-        digits = value.lstrip("+-")
+        digits = value.strip().lstrip("+-")
         octal = digits.startswith("0") and digits.isdecimal()
         try:
-            return int(value, 8 if octal else 0)
+            number = int(value, 8 if octal else 0)
         except ValueError:
             raise OptionError(f"{where}: Parameter '{option.name}' expects a number") from None
+        if abs(number) >= 2**63:
+            raise OptionError(f"{where}: Value '{value}' is too large for parameter '{option.name}'")
+        return number
     return value
 
 

@@ -10,18 +10,31 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from typing import Annotated, ClassVar, Literal
 
 import trio
 from msgspec import UNSET, Meta, UnsetType, field
 
-from fusebd.block.driver import BlockStatus, Buffers, Child, FilterDriver, Limits, Node, nbytes, register
+from fusebd.block.debugevents import EVENTS, BlkdebugEvent
+from fusebd.block.driver import (
+    BlockStatus,
+    Buffers,
+    Child,
+    FilterDriver,
+    Limits,
+    Node,
+    driver_command,
+    nbytes,
+    register,
+)
 from fusebd.block.opening import Opening
-from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, Json
+from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, Int32, Json, OptionStruct, Size
 from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.drivers.blkdebug.config import read_config
-from fusebd.drivers.blkdebug.rules import EVENTS, InjectErrorOptions, Rule, RuleSet, SetStateOptions
+from fusebd.drivers.blkdebug.rules import BlkdebugRule, InjectErrorOptions, Rule, RuleSet, SetStateOptions
+from fusebd.drivers.blkdebug.stops import Stop, Stops
 from fusebd.errors import BlockIOError, CommandError, NotSupported, OptionError
 
 log = logging.getLogger(__name__)
@@ -30,6 +43,7 @@ _PREFIX = "blkdebug:"
 _INT_MAX = 2**31 - 1
 #: a longer name is not reported (QEMU: sizeof(BlockDriverState.exact_filename))
 _FILENAME_LENGTH = 4096
+_MAX_SECONDS = 10**9
 
 BlockPermission = Literal["consistent-read", "resize", "write", "write-unchanged"]
 _PERMS = {
@@ -43,12 +57,16 @@ _PERMS = {
 class BlkdebugOptions(BlockdevOptions, frozen=True, kw_only=True):
     image: Annotated[BlockdevRef, Meta(description="node that requests go to")]
     config: Annotated[str | UnsetType, Meta(description="file with rules")] = UNSET
-    align: Annotated[Int, Meta(description="required alignment in bytes, 0 for none")] = 0
-    max_transfer: Annotated[Int, Meta(description="longest request in bytes, 0 for the image's")] = 0
-    opt_write_zero: Annotated[Int, Meta(description="preferred alignment of zero writes in bytes, 0 for none")] = 0
-    max_write_zero: Annotated[Int, Meta(description="longest zero write in bytes, 0 for any")] = 0
-    opt_discard: Annotated[Int, Meta(description="preferred alignment of discards in bytes, 0 for none")] = 0
-    max_discard: Annotated[Int, Meta(description="longest discard in bytes, 0 for any")] = 0
+    align: Annotated[Int | UnsetType, Meta(description="required alignment in bytes, 0 for none")] = UNSET
+    max_transfer: Annotated[Int32 | UnsetType, Meta(description="longest request in bytes, 0 for the image's")] = UNSET
+    opt_write_zero: Annotated[
+        Int32 | UnsetType, Meta(description="preferred alignment of zero writes in bytes, 0 for none")
+    ] = UNSET
+    max_write_zero: Annotated[Int32 | UnsetType, Meta(description="longest zero write in bytes, 0 for any")] = UNSET
+    opt_discard: Annotated[
+        Int32 | UnsetType, Meta(description="preferred alignment of discards in bytes, 0 for none")
+    ] = UNSET
+    max_discard: Annotated[Int32 | UnsetType, Meta(description="longest discard in bytes, 0 for any")] = UNSET
     inject_error: Annotated[list[InjectErrorOptions], Meta(description="rules that make requests fail")] = field(
         default_factory=list
     )
@@ -63,26 +81,62 @@ class BlkdebugOptions(BlockdevOptions, frozen=True, kw_only=True):
     )
 
 
+class BlkdebugRuleAdd(OptionStruct, frozen=True, kw_only=True):
+    rule: Annotated[BlkdebugRule, Meta(description="the rule to add behind those there are")]
+
+
+class BlkdebugRuleRemove(OptionStruct, frozen=True, kw_only=True):
+    id: Annotated[str, Meta(description="the rule to take away")]
+
+
+class BlkdebugSetState(OptionStruct, frozen=True, kw_only=True):
+    state: Annotated[Int, Meta(description="the state from now on")]
+
+
+class BlkdebugBreak(OptionStruct, frozen=True, kw_only=True):
+    event: Annotated[BlkdebugEvent, Meta(description="the next request that announces it is stopped")]
+    tag: Annotated[str, Meta(description="what it is resumed by")]
+
+
+class BlkdebugTag(OptionStruct, frozen=True, kw_only=True):
+    tag: Annotated[str, Meta(description="that of the breakpoint")]
+
+
+class BlkdebugResume(BlkdebugTag, frozen=True, kw_only=True):
+    request: Annotated[Size | UnsetType, Meta(description="this one, by its number; the latest if absent")] = UNSET
+
+
+class BlkdebugWaitBreak(BlkdebugTag, frozen=True, kw_only=True):
+    timeout: Annotated[float | UnsetType, Meta(description="seconds to wait at most; no limit if absent")] = UNSET
+
+
+class QueryBlkdebug(OptionStruct, frozen=True, kw_only=True):
+    """Nothing but the node."""
+
+
 def _limits(options: BlkdebugOptions, below: Limits) -> Limits:
     """The limits that *options* ask for; raises OptionError where they contradict each other or those of the image."""
-    align = options.align
-    unit = max(_checked("align", align, 1), below.request_alignment)
+    align = _checked("align", options.align, 1)
+    unit = max(align, below.request_alignment)
     if align & (align - 1):
         raise _unmet("align", align)
+    max_transfer = _checked("max-transfer", options.max_transfer, unit)
     zero_unit = _checked("opt-write-zero", options.opt_write_zero, unit)
+    max_zero = _checked("max-write-zero", options.max_write_zero, max(zero_unit, unit))
     discard_unit = _checked("opt-discard", options.opt_discard, unit)
     return Limits(
         request_alignment=align or 1,
-        max_transfer=_checked("max-transfer", options.max_transfer, unit) or below.max_transfer,
+        max_transfer=max_transfer or below.max_transfer,
         pwrite_zeroes_alignment=zero_unit,
-        max_pwrite_zeroes=_checked("max-write-zero", options.max_write_zero, max(zero_unit, unit)),
+        max_pwrite_zeroes=max_zero,
         pdiscard_alignment=discard_unit,
         max_pdiscard=_checked("max-discard", options.max_discard, max(discard_unit, unit)),
     )
 
 
-def _checked(name: str, value: int, unit: int) -> int:
-    """*value*, a positive multiple of *unit* that fits a request, or 0."""
+def _checked(name: str, given: int | UnsetType, unit: int) -> int:
+    """*given*, a positive multiple of *unit* that fits a request, or 0."""
+    value = 0 if given is UNSET else int(given)
     if value < 0:
         raise OptionError(f"Value '{value}' is out of range for parameter '{name}'")
     if value >= _INT_MAX or value % unit:
@@ -119,12 +173,11 @@ class Blkdebug(FilterDriver):
         super().__init__(node, file)
         self.limits = _limits(options, file.node.driver.limits)
         self.rules = RuleSet()
-        self.debug_event = self._debug_event
-        self._suspended: list[tuple[str, trio.Event]] = []
-        self._arrival = trio.Event()
+        self._stops = Stops(self._stopped)
+        self._drains = 0
         self._config = "" if options.config is UNSET else str(options.config)
-        told = (name.replace("-", "_") for name in self.strong_options - {"config"})
-        self._has_short_name = not any(getattr(options, name) for name in told)
+        told = (getattr(options, name.replace("-", "_")) for name in self.strong_options - {"config"})
+        self._has_short_name = all(value is UNSET or value == [] for value in told)
 
     @classmethod
     async def open(cls, opening: Opening, options: BlkdebugOptions) -> Blkdebug:
@@ -144,6 +197,7 @@ class Blkdebug(FilterDriver):
         for setting in options.set_state:
             rules.add(setting)
         rules.announce("none")
+        driver._refresh_events()
         return driver
 
     @classmethod
@@ -216,6 +270,16 @@ class Blkdebug(FilterDriver):
         rule = self.rules.fire(io_type, offset, length)
         if rule is None:
             return
+        self._refresh_events()  # it may have been the last one
+        self.node.graph.ledger.record_fault(
+            self.node,
+            rule=rule.id,
+            action="errno",
+            operation=io_type,
+            offset=offset,
+            length=length,
+            errno=rule.errno,
+        )
         if not rule.immediately:
             await trio.lowlevel.checkpoint()
         if rule.errno == errno.ENOTSUP:
@@ -224,62 +288,75 @@ class Blkdebug(FilterDriver):
 
     # -- events and breakpoints -----------------------------------------------------------------
 
-    async def _debug_event(self, event: str) -> None:
-        tags = self.rules.announce(event)
+    async def _announced(self, event: str) -> None:
+        """While the node is drained, breakpoints stay as they are: nothing may be held then."""
+        tags = self.rules.announce(event, stops=not self._drains)
         if tags:
-            await self._stop(tags)
+            self._refresh_events()
+            await self._stops.hold(event, tags)
 
-    async def _stop(self, tags: list[str]) -> None:
-        """Suspend until each of *tags* has been resumed."""
-        held = [(tag, trio.Event()) for tag in tags]
-        self._suspended += held
-        arrival, self._arrival = self._arrival, trio.Event()
-        arrival.set()
-        for tag, _ in held:
-            log.info("blkdebug: Suspended request '%s'", tag)
-        try:
-            for _, resumed in held:
-                await resumed.wait()
-        finally:
-            self._suspended = [entry for entry in self._suspended if entry not in held]
+    def _refresh_events(self) -> None:
+        """Hear of events only if there are rules: announcing costs every request above."""
+        wanted = len(self.rules) > 0
+        if wanted is not (self.debug_event is not None):
+            self.debug_event = self._announced if wanted else None
+            self.node.refresh_edges()
+
+    def _stopped(self, stop: Stop) -> None:
+        self.node.emit("BLKDEBUG_BREAK", {"node-name": self.node.public_name, **stop.describe()})
+
+    def drain_begin(self) -> None:
+        self._drains += 1
+        self._stops.resume_all()
+
+    def drain_end(self) -> None:
+        self._drains -= 1
+
+    async def close(self) -> None:
+        self._stops.give_up(f"Node '{self.node.name}' was removed")
 
     def set_break(self, event: str, tag: str) -> None:
         """Suspend, once, the next request that announces *event*, under the name *tag*.  Raises CommandError."""
         if event not in EVENTS:
-            raise CommandError("Could not set a breakpoint: No such file or directory", errno=errno.ENOENT)
+            raise CommandError("Could not set breakpoint: No such file or directory", errno=errno.ENOENT)
         self.rules.add_breakpoint(event, tag)
+        self._refresh_events()
 
-    def resume(self, tag: str) -> None:
-        """Let one request go that is suspended as *tag*, the latest.  Raises CommandError if there is none."""
-        if not self._resume(tag):
+    def resume(self, tag: str, number: int | None = None) -> None:
+        """Let one request go that is suspended as *tag*: the latest, or the one of the stop *number*.
+
+        Raises CommandError if there is none.
+        """
+        stop = self._stops.find(tag, number)
+        if stop is None:
             raise CommandError("Could not resume request: No such file or directory", errno=errno.ENOENT)
+        self._resume(stop)
 
     def remove_break(self, tag: str) -> None:
         """Drop the breakpoints *tag* and let all requests go that are suspended there.  Raises CommandError."""
         found = self.rules.remove_breakpoints(tag)
-        while self._resume(tag):
+        while (stop := self._stops.find(tag)) is not None:
+            self._resume(stop)
             found += 1
         if not found:
-            raise CommandError("Could not remove a breakpoint: No such file or directory", errno=errno.ENOENT)
+            raise CommandError(f"Could not remove breakpoint {tag}: No such file or directory", errno=errno.ENOENT)
+        self._stops.give_up(f"Breakpoint '{tag}' was removed", tag)
+        self._refresh_events()
 
     def is_suspended(self, tag: str) -> bool:
         """Whether a request is suspended as *tag*."""
-        return any(held == tag for held, _ in self._suspended)
+        return self._stops.find(tag) is not None
 
-    async def wait_break(self, tag: str) -> None:
-        """Suspend until a request is suspended as *tag*."""
-        while not self.is_suspended(tag):
-            await self._arrival.wait()
+    async def wait_break(self, tag: str) -> Stop:
+        """Suspend until a request is suspended as *tag*.
 
-    def _resume(self, tag: str) -> bool:
-        for index in reversed(range(len(self._suspended))):
-            held, resumed = self._suspended[index]
-            if held == tag:
-                log.info("blkdebug: Resuming request '%s'", tag)
-                del self._suspended[index]
-                resumed.set()
-                return True
-        return False
+        Raises CommandError if the breakpoint or the node is removed meanwhile.
+        """
+        return await self._stops.wait(tag)
+
+    def _resume(self, stop: Stop) -> None:
+        log.info("blkdebug: Resuming request '%s'", stop.tag)
+        self._stops.resume(stop)
 
     # -- rules, while open ----------------------------------------------------------------------
 
@@ -291,12 +368,70 @@ class Blkdebug(FilterDriver):
         rule = self.rules.add(options, ident)
         if rule.event == "none":
             self.rules.start(rule)
+        self._refresh_events()
         return rule
 
     def remove_rule(self, ident: str) -> None:
         """Take the rule *ident* away.  Raises CommandError if there is none."""
         self.rules.remove(ident)
+        self._refresh_events()
 
     def list_rules(self) -> list[Rule]:
         """The rules, breakpoints among them."""
         return list(self.rules)
+
+    # -- commands -------------------------------------------------------------------------------
+    # Only the one that waits suspends: the others can be given out of band by a client that waits.
+
+    @driver_command("blkdebug-rule-add", BlkdebugRuleAdd, allow_oob=True)
+    async def _command_rule_add(self, arguments: BlkdebugRuleAdd) -> Json:
+        """Add a rule; what it is called."""
+        given = arguments.rule
+        rule = self.add_rule(given.options(), None if given.id is UNSET else given.id)
+        return {"node-name": self.node.name, "id": rule.id}
+
+    @driver_command("blkdebug-rule-remove", BlkdebugRuleRemove, allow_oob=True)
+    async def _command_rule_remove(self, arguments: BlkdebugRuleRemove) -> None:
+        self.remove_rule(arguments.id)
+
+    @driver_command("blkdebug-set-state", BlkdebugSetState, allow_oob=True)
+    async def _command_set_state(self, arguments: BlkdebugSetState) -> None:
+        self.rules.state = arguments.state
+
+    @driver_command("blkdebug-break", BlkdebugBreak, allow_oob=True)
+    async def _command_break(self, arguments: BlkdebugBreak) -> None:
+        self.set_break(arguments.event, arguments.tag)
+
+    @driver_command("blkdebug-resume", BlkdebugResume, allow_oob=True)
+    async def _command_resume(self, arguments: BlkdebugResume) -> None:
+        self.resume(arguments.tag, None if arguments.request is UNSET else arguments.request)
+
+    @driver_command("blkdebug-remove-break", BlkdebugTag, allow_oob=True)
+    async def _command_remove_break(self, arguments: BlkdebugTag) -> None:
+        self.remove_break(arguments.tag)
+
+    @driver_command("blkdebug-wait-break", BlkdebugWaitBreak)
+    async def _command_wait_break(self, arguments: BlkdebugWaitBreak) -> Json:
+        """Suspend until a request is held as the tag; what is held.
+
+        Raises CommandError if there is no such breakpoint, or it goes away, or nothing has reached it in time.
+        """
+        tag, timeout = arguments.tag, arguments.timeout
+        if timeout is not UNSET and not 0 <= timeout <= _MAX_SECONDS:
+            raise OptionError(f"Parameter 'timeout' expects a number from 0 to {_MAX_SECONDS}")
+        if not self.is_suspended(tag) and all(point.tag != tag for point in self.rules.breakpoints):
+            raise CommandError(f"No breakpoint '{tag}'")
+        with trio.move_on_after(math.inf if timeout is UNSET else timeout):
+            return (await self.wait_break(tag)).describe()
+        raise CommandError(f"No request has reached breakpoint '{tag}' in {timeout:g} seconds")
+
+    @driver_command("query-blkdebug", QueryBlkdebug, allow_oob=True)
+    async def _command_query(self, arguments: QueryBlkdebug) -> Json:
+        now = trio.current_time()
+        return {
+            "node-name": self.node.name,
+            "state": self.rules.state,
+            "rules": self.rules.describe(),
+            "breakpoints": [{"tag": point.tag, "event": point.event} for point in self.rules.breakpoints],
+            "held": [{**stop.describe(), "seconds": round(now - stop.since, 3)} for stop in self._stops.held],
+        }

@@ -17,6 +17,7 @@ Semantics: QEMU block/blkdebug.c, docs/devel/testing/blkdebug.rst.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -24,60 +25,9 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.options import Int, OptionStruct
+from fusebd.block.debugevents import BlkdebugEvent
+from fusebd.block.options import Int, Json, OptionStruct
 from fusebd.errors import CommandError, OptionError
-
-BlkdebugEvent = Literal[
-    "l1_update",
-    "l1_grow_alloc_table",
-    "l1_grow_write_table",
-    "l1_grow_activate_table",
-    "l2_load",
-    "l2_update",
-    "l2_update_compressed",
-    "l2_alloc_cow_read",
-    "l2_alloc_write",
-    "read_aio",
-    "read_backing_aio",
-    "read_compressed",
-    "write_aio",
-    "write_compressed",
-    "vmstate_load",
-    "vmstate_save",
-    "cow_read",
-    "cow_write",
-    "reftable_load",
-    "reftable_grow",
-    "reftable_update",
-    "refblock_load",
-    "refblock_update",
-    "refblock_update_part",
-    "refblock_alloc",
-    "refblock_alloc_hookup",
-    "refblock_alloc_write",
-    "refblock_alloc_write_blocks",
-    "refblock_alloc_write_table",
-    "refblock_alloc_switch_table",
-    "cluster_alloc",
-    "cluster_alloc_bytes",
-    "cluster_free",
-    "flush_to_os",
-    "flush_to_disk",
-    "pwritev_rmw_head",
-    "pwritev_rmw_after_head",
-    "pwritev_rmw_tail",
-    "pwritev_rmw_after_tail",
-    "pwritev",
-    "pwritev_zero",
-    "pwritev_done",
-    "empty_image_prepare",
-    "l1_shrink_write_table",
-    "l1_shrink_free_l2_clusters",
-    "cor_write",
-    "cluster_alloc_space",
-    "none",
-]
-EVENTS: tuple[str, ...] = get_args(BlkdebugEvent)
 
 IoType = Literal["read", "write", "write-zeroes", "discard", "flush", "block-status"]
 IO_TYPES: tuple[str, ...] = get_args(IoType)
@@ -88,33 +38,60 @@ SECTOR_SIZE = 512
 FIRST_STATE = 1
 #: the kernel takes no larger errno in the answer to a FUSE request
 _MAX_ERRNO = 511
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,126}\Z")
 
 
 class InjectErrorOptions(OptionStruct, frozen=True, kw_only=True):
     """A rule that makes requests fail (QAPI BlkdebugInjectErrorOptions)."""
 
     event: Annotated[BlkdebugEvent, Meta(description="event that arms the rule")]
-    state: Annotated[Int, Meta(description="state in which the event counts, 0 for any")] = 0
+    state: Annotated[Int | UnsetType, Meta(description="state in which the event counts; any if 0 or absent")] = UNSET
     iotype: Annotated[IoType | UnsetType, Meta(description="requests that fail; all but block-status if absent")] = (
         UNSET
     )
-    errno: Annotated[Int, Meta(description="error to inject, 0 to let the request through")] = errno.EIO
-    sector: Annotated[Int, Meta(description="512-byte sector that the request has to touch, -1 for any")] = -1
-    once: Annotated[bool, Meta(description="remove the rule when it has failed a request")] = False
-    immediately: Annotated[bool, Meta(description="fail without a trip through the scheduler")] = False
+    errno: Annotated[
+        Int | UnsetType, Meta(description="error to inject, 0 to let the request through; EIO if absent")
+    ] = UNSET
+    sector: Annotated[
+        Int | UnsetType, Meta(description="512-byte sector that the request has to touch; any if -1 or absent")
+    ] = UNSET
+    once: Annotated[bool | UnsetType, Meta(description="remove the rule when it has failed a request")] = UNSET
+    immediately: Annotated[bool | UnsetType, Meta(description="fail without a trip through the scheduler")] = UNSET
 
 
 class SetStateOptions(OptionStruct, frozen=True, kw_only=True):
     """A rule that changes the state (QAPI BlkdebugSetStateOptions)."""
 
     event: Annotated[BlkdebugEvent, Meta(description="event that changes the state")]
-    state: Annotated[Int, Meta(description="state in which the event counts, 0 for any")] = 0
+    state: Annotated[Int | UnsetType, Meta(description="state in which the event counts; any if 0 or absent")] = UNSET
     new_state: Annotated[Int, Meta(description="state after the event")] = msgspec.field(name="new_state")
+
+
+class BlkdebugRule(OptionStruct, frozen=True, kw_only=True):
+    """A rule as ``blkdebug-rule-add`` takes it: one of the two, as in the lists of blockdev-add."""
+
+    id: Annotated[str | UnsetType, Meta(description="what the rule is called; a number if absent")] = UNSET
+    inject_error: Annotated[InjectErrorOptions | UnsetType, Meta(description="make requests fail")] = UNSET
+    set_state: Annotated[SetStateOptions | UnsetType, Meta(description="change the state")] = UNSET
+
+    def options(self) -> InjectErrorOptions | SetStateOptions:
+        """The one of the two that was given.  Raises OptionError, also for an id that is no identifier."""
+        if self.id is not UNSET and not _IDENTIFIER.match(self.id):
+            raise OptionError("Parameter 'id' expects an identifier")
+        given = [options for options in (self.inject_error, self.set_state) if options is not UNSET]
+        if len(given) != 1:
+            raise OptionError("Parameter 'rule' expects one of 'inject-error' and 'set-state'")
+        return given[0]
+
+
+def _given(value: int | UnsetType, default: int) -> int:
+    # Which options were given shows in the name that the node is reported under, so they have no defaults.
+    return default if value is UNSET else int(value)
 
 
 @dataclass(slots=True, eq=False)
 class Rule:
-    """*id* is unique among the rules of a node; *hits* counts how often the rule decided something."""
+    """*id* is unique among the rules of a node, "" if it has none; *hits* counts how often it decided something."""
 
     id: str
     event: str
@@ -122,10 +99,11 @@ class Rule:
     hits: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class InjectRule(Rule):
     """Fails requests of the kinds in *io_types* that touch byte *offset* (None: any request)."""
 
+    options: InjectErrorOptions
     io_types: frozenset[str] = _DEFAULT_IO_TYPES
     errno: int = errno.EIO
     offset: int | None = None
@@ -139,16 +117,17 @@ class InjectRule(Rule):
         return self.offset is None or offset <= self.offset < offset + length
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class SetStateRule(Rule):
-    new_state: int = 0
+    options: SetStateOptions
+    new_state: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Breakpoint(Rule):
     """Stops, once, whoever announces the event; *tag* is what the request is resumed by."""
 
-    tag: str = ""
+    tag: str
 
 
 class RuleSet:
@@ -157,12 +136,16 @@ class RuleSet:
     def __init__(self) -> None:
         self.state = FIRST_STATE
         self.active: list[InjectRule] = []
+        self._rules: list[Rule] = []
         self._by_event: dict[str, list[Rule]] = {}
         self._numbered = 0
 
     def __iter__(self) -> Iterator[Rule]:
-        for rules in self._by_event.values():
-            yield from rules
+        """The rules and breakpoints, in the order in which they were added."""
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
 
     def __contains__(self, ident: str) -> bool:
         return any(rule.id == ident for rule in self)
@@ -174,27 +157,30 @@ class RuleSet:
         """
         if ident is not None and ident in self:
             raise OptionError(f"Duplicate ID '{ident}' for blkdebug rule")
-        rule: Rule
+        state = _given(options.state, 0)
         if isinstance(options, SetStateOptions):
-            rule = SetStateRule(ident or self._number(), options.event, options.state, new_state=options.new_state)
-        else:
-            if not 0 <= options.errno <= _MAX_ERRNO:
-                raise OptionError(f"Value '{options.errno}' is out of range for parameter 'errno'")
-            rule = InjectRule(
+            ident = ident or self._number()
+            return self._enter(SetStateRule(ident, options.event, state, options=options, new_state=options.new_state))
+        code, sector = _given(options.errno, errno.EIO), _given(options.sector, -1)
+        if not 0 <= code <= _MAX_ERRNO:
+            raise OptionError(f"Value '{code}' is out of range for parameter 'errno'")
+        return self._enter(
+            InjectRule(
                 ident or self._number(),
                 options.event,
-                options.state,
+                state,
+                options=options,
                 io_types=_DEFAULT_IO_TYPES if options.iotype is UNSET else frozenset((str(options.iotype),)),
-                errno=options.errno,
-                offset=None if options.sector == -1 else options.sector * SECTOR_SIZE,
-                once=options.once,
-                immediately=options.immediately,
+                errno=code,
+                offset=None if sector == -1 else sector * SECTOR_SIZE,
+                once=options.once is True,
+                immediately=options.immediately is True,
             )
-        return self._enter(rule)
+        )
 
     def add_breakpoint(self, event: str, tag: str) -> Breakpoint:
         """Stop the next request that announces *event*; *event* is one of EVENTS."""
-        rule = Breakpoint(self._number(), event, 0, tag=tag)
+        rule = Breakpoint("", event, 0, tag=tag)
         self._enter(rule)
         return rule
 
@@ -204,24 +190,31 @@ class RuleSet:
         return str(self._numbered)
 
     def _enter(self, rule: Rule) -> Rule:
+        self._rules.append(rule)
         self._by_event.setdefault(rule.event, []).append(rule)
         return rule
 
     def remove(self, ident: str) -> None:
         """Take the rule *ident* away, active or not.  Raises CommandError if there is none."""
         rule = next((rule for rule in self if rule.id == ident), None)
-        if rule is None:
+        if rule is None or not ident:
             raise CommandError(f"No blkdebug rule with id '{ident}'")
         self._drop(rule)
 
+    @property
+    def breakpoints(self) -> list[Breakpoint]:
+        """Those that have not been reached yet."""
+        return [rule for rule in self if isinstance(rule, Breakpoint)]
+
     def remove_breakpoints(self, tag: str) -> int:
         """Take away the breakpoints that have not been reached yet; how many there were."""
-        found = [rule for rule in self if isinstance(rule, Breakpoint) and rule.tag == tag]
+        found = [rule for rule in self.breakpoints if rule.tag == tag]
         for rule in found:
             self._drop(rule)
         return len(found)
 
     def _drop(self, rule: Rule) -> None:
+        self._rules.remove(rule)
         rules = self._by_event[rule.event]
         rules.remove(rule)
         if not rules:
@@ -229,8 +222,11 @@ class RuleSet:
         if isinstance(rule, InjectRule) and rule in self.active:
             self.active.remove(rule)
 
-    def announce(self, event: str) -> list[str]:
-        """*event* happens.  The tags of the breakpoints that were reached, in the order in which they were set."""
+    def announce(self, event: str, *, stops: bool = True) -> list[str]:
+        """*event* happens.  The tags of the breakpoints that were reached, in the order in which they were set.
+
+        Without *stops* they stay as they are.
+        """
         rules = self._by_event.get(event)
         if rules is None:
             return []
@@ -243,7 +239,7 @@ class RuleSet:
                 rule.hits += 1
                 self.state = rule.new_state
                 break
-        reached = [rule for rule in matching if isinstance(rule, Breakpoint)]
+        reached = [rule for rule in matching if isinstance(rule, Breakpoint)] if stops else []
         for breakpoint_ in reached:
             self._drop(breakpoint_)
         return [breakpoint_.tag for breakpoint_ in reached]
@@ -269,3 +265,16 @@ class RuleSet:
         if rule.once:
             self._drop(rule)
         return rule
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    def describe(self) -> list[dict[str, Json]]:
+        """The rules, as the user has given them, and what they have done so far; breakpoints are not among them."""
+        shown: list[dict[str, Json]] = []
+        for rule in self:
+            if isinstance(rule, InjectRule):
+                counted = {"id": rule.id, "hits": rule.hits, "active": rule in self.active}
+                shown.append({**counted, "inject-error": msgspec.to_builtins(rule.options)})
+            elif isinstance(rule, SetStateRule):
+                shown.append({"id": rule.id, "hits": rule.hits, "set-state": msgspec.to_builtins(rule.options)})
+        return shown

@@ -58,6 +58,7 @@ class LinuxAio:
         self._waiting: list[trio.lowlevel.Task | None] = [None] * DEPTH
         self._results = [0] * DEPTH
         self._events = ctypes.create_string_buffer(_EVENT.size * DEPTH)
+        self._closed = False
         trio.lowlevel.spawn_system_task(self._reap)
 
     @property
@@ -87,8 +88,7 @@ class LinuxAio:
     async def _reap(self) -> None:
         """Wake the tasks whose requests are done, until the eventfd is closed."""
         try:
-            while True:
-                await trio.lowlevel.wait_readable(self._eventfd)
+            while await self._signalled():
                 os.eventfd_read(self._eventfd)
                 while (count := _syscall(self._getevents, self._context, 0, DEPTH, self._events, None)) < 0:
                     pass  # interrupted by a signal: nothing was taken out
@@ -101,8 +101,15 @@ class LinuxAio:
         except trio.ClosedResourceError:
             return
 
+    async def _signalled(self) -> bool:
+        """Wait for completions; False once the context is ended, which may be before the first call."""
+        if not self._closed:
+            await trio.lowlevel.wait_readable(self._eventfd)
+        return not self._closed
+
     def close(self) -> None:
         """End the context."""
+        self._closed = True
         trio.lowlevel.notify_closing(self._eventfd)
         _syscall(self._destroy, self._context)
         os.close(self._eventfd)

@@ -47,8 +47,9 @@ T = TypeVar("T")
 
 #: a call on the spot that takes longer than this, in seconds, sends the following ones to threads
 SLOW = 0.002
-#: for so long, in seconds
-CAUTION = 0.1
+#: for so many times as long: calls on the spot hold up the event loop for a sixth of the time at the most.  Not longer,
+#: because a call also looks slow when another process took the processor away meanwhile.
+CAUTION = 5
 #: most requests of one file in worker threads at a time
 WORKERS = 32
 #: the alignment that direct I/O of regular files is tried with, in bytes, until one works
@@ -99,6 +100,10 @@ class File(ProtocolDriver):
         fd = _open(opening, options.filename)
         try:
             cls._check_kind(fd, options.filename)
+            if not opening.read_only and cls._is_protected(fd):
+                opening.fall_back_to_read_only(
+                    OpenError.from_os("The device is not writable", OSError(errno.EACCES, ""))
+                )
             driver = cls(opening.node, fd, options)
             driver.length = driver._read_length()
             if opening.node.cache_direct:
@@ -119,6 +124,11 @@ class File(ProtocolDriver):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OpenError(f"'{cls.name}' driver requires '{filename}' to be a regular file")
 
+    @classmethod
+    def _is_protected(cls, fd: int) -> bool:
+        """Whether what was opened for writing cannot be written all the same."""
+        return False
+
     def _read_length(self) -> int:
         return os.fstat(self._fd).st_size
 
@@ -133,6 +143,14 @@ class File(ProtocolDriver):
             else:
                 return alignment
         raise OpenError("Could not find working O_DIRECT alignment")
+
+    def backing_descriptor(self) -> int:
+        if self._direct is not None:
+            raise NotSupported(node_name=self.node.name, operation="passthrough", reason="cache.direct is on")
+        return self._fd
+
+    def refresh_length(self) -> None:
+        self.node.set_length(self._read_length())
 
     async def close(self) -> None:
         if self._direct is not None:
@@ -267,7 +285,11 @@ class File(ProtocolDriver):
             raise self._refused("Unsupported preallocation mode: metadata", errno.ENOTSUP)
         if prealloc != "off" and length < self.length:
             raise self._refused("Cannot use preallocation for shrinking files", errno.ENOTSUP)
-        await self._in_thread("resize", length, self._truncate, length, prealloc)
+        try:
+            await self._in_thread("resize", length, self._truncate, length, prealloc)
+        except BlockIOError as error:
+            failure = "Could not preallocate data" if prealloc == "falloc" else "Could not resize file"
+            raise self._refused(f"{failure}: {error.reason}", error.errno) from None
         self.node.set_length(length)
 
     def _truncate(self, length: int, prealloc: Preallocation) -> None:
@@ -305,7 +327,7 @@ class File(ProtocolDriver):
         finally:
             now = perf_counter()
             if now - began > SLOW:
-                self._cautious_until = now + CAUTION
+                self._cautious_until = now + CAUTION * (now - began)
 
     async def _directly(self, operation: str, offset: int, request: Awaitable[None]) -> None:
         try:
@@ -362,6 +384,10 @@ class HostDevice(File):
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
             raise OpenError(f"'{cls.name}' driver requires '{filename}' to be either a character or block device")
 
+    @classmethod
+    def _is_protected(cls, fd: int) -> bool:
+        return stat.S_ISBLK(os.fstat(fd).st_mode) and syscalls.device_is_read_only(fd)
+
     def _read_length(self) -> int:
         try:
             if stat.S_ISBLK(os.fstat(self._fd).st_mode):
@@ -370,10 +396,24 @@ class HostDevice(File):
         except OSError as error:
             raise OpenError.from_os("Could not refresh total sector count", error) from None
 
+    def backing_descriptor(self) -> int:
+        reason = "the kernel passes through to regular files only"
+        raise NotSupported(node_name=self.node.name, operation="passthrough", reason=reason)
+
     def _direct_alignment(self) -> int:
         return syscalls.device_sector_size(self._fd)
 
     def _zero(self, offset: int, length: int, unmap: bool) -> None:
+        if unmap:
+            try:
+                syscalls.fallocate(
+                    self._fd, syscalls.FALLOC_FL_PUNCH_HOLE | syscalls.FALLOC_FL_KEEP_SIZE, offset, length
+                )
+                return
+            except OSError as error:
+                # EINVAL: the range is not one of whole sectors; EBUSY: the page cache could not be emptied there
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBUSY, errno.ENODEV):
+                    raise
         # Buffered, the page cache would keep showing what was there before (see QEMU file-posix.c).
         if self._direct is None:
             raise NotSupported(node_name=self.node.name, operation="write zeroes")

@@ -17,6 +17,7 @@ FALLOC_FL_ZERO_RANGE = 16
 
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
+_BLKROGET = 0x125E
 _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
 
@@ -63,6 +64,12 @@ def device_sector_size(fd: int) -> int:
     """The logical sector size of a block device in bytes: the alignment of direct I/O."""
     size: int = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
     return size
+
+
+def device_is_read_only(fd: int) -> bool:
+    """Whether a block device cannot be written, though it may have been opened for writing."""
+    read_only: int = struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0]
+    return bool(read_only)
 
 
 def device_discard(fd: int, offset: int, length: int) -> None:

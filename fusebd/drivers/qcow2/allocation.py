@@ -18,7 +18,7 @@ import trio
 
 from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
 from fusebd.drivers.qcow2 import mapping
-from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.tables import Tables
 from fusebd.errors import BlockIOError, NotSupported
@@ -165,14 +165,15 @@ class Allocator:
         entry = entries[at]
         if kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED) and image.header.version < 3:
             raise await image.corrupt(
-                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x},"
+                f" L2 index: {hexadecimal(at)})"
             )
         keep = not mapping.needs_allocation(entry)
         if keep:
             if host_offset & image.cluster_mask:
                 name = "Preallocated zero" if entry & ondisk.ZERO else "Data"
                 raise await image.corrupt(
-                    f"{name} cluster offset {host_offset:#x} unaligned (guest offset: {guest_offset:#x})"
+                    f"{name} cluster offset {host_offset:#x} unaligned (guest offset: {hexadecimal(guest_offset)})"
                 )
             number = self._copied_run(entries, at, number)
         else:
@@ -278,8 +279,10 @@ class Allocator:
                     item = await self.tables.find_writable(piece.guest_offset)
                     item.dirty = True
                     self.refcounts.needs_flush = True
-                    self._enter(item.entries, piece, in_flight)
+                    freed = self._enter(item.entries, piece, in_flight)
                     linked = True
+                    if freed:
+                        await image.announce("cluster_free")
                 finally:
                     if not linked and piece.fresh and image.usable:
                         await self.refcounts.abandon(
@@ -289,16 +292,20 @@ class Allocator:
         finally:
             in_flight.finish()
 
-    def _enter(self, entries: array[int], piece: Piece, in_flight: InFlight) -> None:
+    def _enter(self, entries: array[int], piece: Piece, in_flight: InFlight) -> bool:
+        """Whether clusters were freed."""
         image = self.image
+        freed = False
         entry = piece.host_offset & ~image.cluster_mask | ondisk.COPIED
         at = in_flight.first & self.tables.entry_mask
         for index in range(at, at + in_flight.end - in_flight.first):
             old = entries[index]
             entries[index] = entry
-            if piece.fresh and old:
+            if piece.fresh and old & ~ondisk.ZERO:
                 self.free_entry(old)
+                freed = True
             entry += image.cluster_size
+        return freed
 
     async def _undo(self, piece: Piece) -> None:
         """The data of *piece* could not be written: give its clusters back and let others try."""
@@ -322,5 +329,9 @@ class Allocator:
         kind = mapping.kind_of(entry)
         if kind == mapping.COMPRESSED:
             self.refcounts.free(*ondisk.parse_compressed(entry, image.cluster_bits), discard=discard)
-        elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED) and not (entry & ondisk.OFFSET_MASK) & image.cluster_mask:
-            self.refcounts.free(entry & ondisk.OFFSET_MASK, image.cluster_size, discard=discard)
+        elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
+            host_offset = entry & ondisk.OFFSET_MASK
+            if host_offset & image.cluster_mask:
+                image.note_corruption(f"Cannot free unaligned cluster {hexadecimal(host_offset)}")
+            else:
+                self.refcounts.free(host_offset, image.cluster_size, discard=discard)

@@ -24,16 +24,16 @@ from fusebd.block.driver import (
     nbytes,
     register,
 )
+from fusebd.block.mutex import Mutex
 from fusebd.block.opening import Opening
 from fusebd.block.options import Json
 from fusebd.block.perms import Role
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.header import Header, read_header
-from fusebd.drivers.qcow2.image import Image, Mutex
+from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import (
     OL_BITMAP_DIRECTORY,
-    OL_INACTIVE_L1,
     OL_MAIN_HEADER,
     OL_SNAPSHOT_TABLE,
     Qcow2Options,
@@ -43,10 +43,10 @@ from fusebd.drivers.qcow2.options import (
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.repair import rebuild_refcounts
 from fusebd.drivers.qcow2.resize import Resizer
-from fusebd.drivers.qcow2.snapshots import Snapshot, read_snapshots
+from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
 from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
-from fusebd.errors import BlockIOError, FusebdError, ImageError, OptionError
+from fusebd.errors import FusebdError, ImageError, OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
 _NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO
@@ -100,6 +100,10 @@ class Qcow2(FormatDriver):
         header = await read_header(file, read_only=opening.read_only)
         if header.extended_l2:
             raise ImageError("Unsupported qcow2 feature(s): extended L2 entries")
+        if header.version < 3 and options.lazy_refcounts is True:
+            raise OptionError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
+        if header.version < 3 and options.discard_no_unref:
+            raise OptionError("discard-no-unref is only supported since qcow2 version 3")
         sizes = cache_sizes(options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
         image = Image(node, file, header, overlap_mask(options.overlap_check))
         image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
@@ -109,8 +113,7 @@ class Qcow2(FormatDriver):
         await tables.load()
         snapshots, table_length = await read_snapshots(file, header)
         image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, table_length)
-        for snapshot in snapshots:
-            image.metadata.add(OL_INACTIVE_L1, snapshot.l1_table_offset, snapshot.l1_size * 8)
+        await protect_snapshots(image, snapshots)
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
         if not opening.read_only:
             await _prepare_for_writing(image, tables, refcounts, snapshots, table_length)
@@ -203,12 +206,13 @@ class Qcow2(FormatDriver):
         kind, host_offset, number = mapping.extent(item.entries, at, limit, image.cluster_size)
         if kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED) and image.header.version < 3:
             raise await image.corrupt(
-                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+                f"Zero cluster entry found in pre-v3 image (L2 offset: {item.host_offset:#x},"
+                f" L2 index: {hexadecimal(at)})"
             )
         if kind in (mapping.DATA, mapping.ZERO_ALLOCATED) and host_offset & image.cluster_mask:
-            name = "Preallocated zero cluster" if kind == mapping.ZERO_ALLOCATED else "Cluster allocation"
             raise await image.corrupt(
-                f"{name} offset {host_offset:#x} unaligned (L2 offset: {item.host_offset:#x}, L2 index: {at:#x})"
+                f"Cluster allocation offset {host_offset:#x} unaligned (L2 offset: {item.host_offset:#x},"
+                f" L2 index: {hexadecimal(at)})"
             )
         return kind, host_offset, min(size, (number << bits) - in_cluster)
 
@@ -287,7 +291,7 @@ class Qcow2(FormatDriver):
             ):
                 raise self._zeroer.refuse("write zeroes")
             offset, length = offset - head, head + length + tail
-        await self._zeroer.zeroize(offset, length, flags)
+        await self._zeroer.zeroize(offset, length, flags, without_data=bool(head or tail))
         await self._limit_waiting()
 
     async def pdiscard(self, offset: int, length: int) -> None:
@@ -348,7 +352,6 @@ class Qcow2(FormatDriver):
             prealloc,
             zero=zero,
             nb_snapshots=len(self._snapshots),
-            nb_bitmaps=self._image.header.nb_bitmaps,
         )
 
     async def flush_to_os(self) -> None:
@@ -406,7 +409,9 @@ async def _prepare_for_writing(
     if header.version >= 3 and header.autoclear_features:
         # Nothing here keeps bitmaps up to date, so that from now on they are not.
         await image.write(ondisk.AUTOCLEAR_OFFSET, bytes(8))
+        await image.file.flush()
         header.autoclear_features = 0
+        image.metadata.remove(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
     if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
         try:
             await rebuild_refcounts(image, tables, refcounts, snapshots, snapshot_table_length)
@@ -417,22 +422,20 @@ async def _prepare_for_writing(
 
 async def _open_backing(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:
     """The backing child: the one that the options give, else the one that the image names."""
-    given = options.backing
+    given, failure = options.backing, "Could not open backing file"
     if given is None:
         return None
     if given:
         if given.reference == "":
             return None
-        return await opening.child("backing", given, Role.COW)
+        return await opening.child("backing", given, Role.COW, failure=failure)
     if not header.backing_file:
         return None
-    try:
-        return await opening.child_by_filename(
-            "backing",
-            header.backing_file,
-            Role.COW,
-            driver=header.backing_format or None,
-            base=file.node.driver.filename,
-        )
-    except (FusebdError, BlockIOError) as error:
-        raise error.prefixed("Could not open backing file") from None
+    return await opening.child_by_filename(
+        "backing",
+        header.backing_file,
+        Role.COW,
+        driver=header.backing_format or None,
+        base=file.node,
+        failure=failure,
+    )

@@ -6,7 +6,10 @@ qcow2_do_open and qcow2_read_extensions (block/qcow2.c).
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +44,6 @@ class Header:
     compression_type: int
     backing_file: str = ""
     backing_format: str = ""
-    nb_bitmaps: int = 0
     bitmap_directory_size: int = 0
     bitmap_directory_offset: int = 0
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
@@ -89,13 +91,13 @@ async def read_header(file: Child, *, read_only: bool) -> Header:
     end = header.backing_file_offset or header.cluster_size
     _check_compression(header)
     if unknown := header.incompatible_features & ~ondisk.INCOMPAT_KNOWN:
-        names = b"".join([body for kind, body in await _feature_tables(file, header, end) if kind])
-        raise ImageError(f"Unsupported qcow2 feature(s): {_feature_names(names, unknown)}")
+        table = _feature_table(await _read_extensions(file, header.header_length, end))
+        raise ImageError(f"Unsupported qcow2 feature(s): {_feature_names(table, unknown)}")
     if header.incompatible_features & ondisk.INCOMPAT_CORRUPT and not read_only:
-        raise ImageError("qcow2: Image is corrupt; cannot be opened read/write", errno=13)
+        raise ImageError("qcow2: Image is corrupt; cannot be opened read/write", errno=errno.EACCES)
     _check_tables(header)
-    header.extensions = await _read_extensions(file, header.header_length, end)
-    _take_extensions(header)
+    header.extensions = list(_extensions(await _read_extensions(file, header.header_length, end)))
+    _take_extensions(header, read_only=read_only)
     if header.incompatible_features & ondisk.INCOMPAT_DATA_FILE:
         raise ImageError("Unsupported qcow2 feature(s): external data file")
     if header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW:
@@ -169,11 +171,10 @@ def _check_tables(header: Header) -> None:
     check_table(header.l1_table_offset, header.l1_size, 8, ondisk.MAX_L1_BYTES, cluster, "Active L1 table")
     needed = l1_entries_for(header, header.size)
     if needed > 2**31 - 1:
-        raise ImageError("Image is too big", errno=27)
+        raise ImageError("Image is too big", errno=errno.EFBIG)
     if header.l1_size < needed:
         raise ImageError("L1 table is too small")
-    if header.size > 2**63 - 512:
-        raise ImageError("Image is too big", errno=27)
+    header.size -= header.size % 512  # disks have whole sectors
 
 
 def l1_entries_for(header: Header, size: int) -> int:
@@ -182,12 +183,13 @@ def l1_entries_for(header: Header, size: int) -> int:
     return (size + (1 << shift) - 1) >> shift
 
 
-async def _read_extensions(file: Child, start: int, end: int) -> list[tuple[int, bytes]]:
-    """The header extensions between the bytes *start* and *end*, which are in the first cluster."""
-    if start >= end:
-        return []
-    data = await read_bytes(file, start, end - start, "qcow2_read_extension: ERROR: pread fail")
-    found = []
+async def _read_extensions(file: Child, start: int, end: int) -> bytes:
+    """The header extensions as they are between the bytes *start* and *end*, which are in the first cluster."""
+    return await read_bytes(file, start, max(end - start, 0), "qcow2_read_extension: ERROR: pread fail")
+
+
+def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The header extensions in *data*: (type, content).  Raises ImageError when it comes to one that is malformed."""
     at = 0
     while at < len(data):
         head = data[at : at + ondisk.EXTENSION_HEADER_LENGTH]
@@ -199,19 +201,19 @@ async def _read_extensions(file: Child, start: int, end: int) -> list[tuple[int,
         if length > len(data) - at:
             raise ImageError("Header extension too large")
         if kind == ondisk.EXT_END:
-            break
-        found.append((kind, data[at : at + length]))
+            return
+        yield kind, data[at : at + length]
         at += (length + 7) & ~7
-    return found
 
 
-async def _feature_tables(file: Child, header: Header, end: int) -> list[tuple[int, bytes]]:
-    """The feature name tables among the extensions; what is malformed there does not matter now."""
-    try:
-        extensions = await _read_extensions(file, header.header_length, end)
-    except ImageError:
-        return []
-    return [(kind, body) for kind, body in extensions if kind == ondisk.EXT_FEATURE_TABLE]
+def _feature_table(data: bytes) -> bytes:
+    """The feature name table among the extensions in *data*; what is malformed there does not matter now."""
+    table = b""
+    with suppress(ImageError):
+        for kind, body in _extensions(data):
+            if kind == ondisk.EXT_FEATURE_TABLE:
+                table = body
+    return table
 
 
 def _feature_names(table: bytes, mask: int) -> str:
@@ -230,7 +232,7 @@ def _feature_names(table: bytes, mask: int) -> str:
     return ", ".join(names)
 
 
-def _take_extensions(header: Header) -> None:
+def _take_extensions(header: Header, *, read_only: bool) -> None:
     """Understand the extensions that mean something here; the others only have to be kept."""
     for kind, body in header.extensions:
         if kind == ondisk.EXT_BACKING_FORMAT:
@@ -242,14 +244,17 @@ def _take_extensions(header: Header) -> None:
         elif kind == ondisk.EXT_CRYPTO_HEADER and header.crypt_method != 2:
             raise ImageError("CRYPTO header extension only expected with LUKS encryption method")
         elif kind == ondisk.EXT_BITMAPS:
-            _take_bitmaps(header, body)
+            _take_bitmaps(header, body, read_only=read_only)
 
 
-def _take_bitmaps(header: Header, body: bytes) -> None:
+def _take_bitmaps(header: Header, body: bytes, *, read_only: bool) -> None:
     if len(body) != ondisk.BITMAPS_LENGTH:
         raise ImageError("bitmaps_ext: Invalid extension length")
     if not header.autoclear_features & ondisk.AUTOCLEAR_BITMAPS:
-        log.warning("a program lacking bitmap support modified this file, so all bitmaps are now inconsistent")
+        if not read_only:
+            log.warning(
+                "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+            )
         return
     bitmaps: Any = ondisk.BITMAPS.parse(body)
     if bitmaps.reserved:
@@ -268,6 +273,5 @@ def _take_bitmaps(header: Header, body: bytes) -> None:
             f"bitmaps_ext: bitmap directory size ({bitmaps.bitmap_directory_size}) exceeds the maximum supported "
             f"size ({ondisk.MAX_BITMAP_DIRECTORY_BYTES})"
         )
-    header.nb_bitmaps = bitmaps.nb_bitmaps
     header.bitmap_directory_size = bitmaps.bitmap_directory_size
     header.bitmap_directory_offset = bitmaps.bitmap_directory_offset

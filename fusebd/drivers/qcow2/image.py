@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import logging
 from bisect import bisect_right
-from collections import deque
-from types import TracebackType
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
 
 from fusebd.block.child import Child
+from fusebd.block.mutex import Mutex
 from fusebd.block.node import Node
 from fusebd.drivers.qcow2.header import Header
 from fusebd.drivers.qcow2.options import OVERLAP_NAMES
@@ -28,44 +29,9 @@ from fusebd.ondisk import qcow2 as ondisk
 log = logging.getLogger(__name__)
 
 
-class Mutex:
-    """A fair lock that does not suspend when it is free (``trio.Lock`` always does).
-
-    ``async with mutex``.  Only the task that waits can be woken, in the order of arrival.
-    """
-
-    __slots__ = ("_held", "_waiting")
-
-    def __init__(self) -> None:
-        self._held = False
-        self._waiting: deque[trio.Event] = deque()
-
-    async def __aenter__(self) -> None:
-        if not self._held:
-            self._held = True
-            return
-        turn = trio.Event()
-        self._waiting.append(turn)
-        try:
-            await turn.wait()
-        except BaseException:
-            if turn.is_set():
-                self.release()
-            else:
-                self._waiting.remove(turn)
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let the next in turn have it: the lock is never free while somebody waits."""
-        if self._waiting:
-            self._waiting.popleft().set()
-        else:
-            self._held = False
+def hexadecimal(number: int) -> str:
+    """*number* as messages show it: 0 has no prefix."""
+    return f"{number:#x}" if number else "0"
 
 
 class Epoch:
@@ -174,8 +140,26 @@ class Image:
         fatal = fatal and not self.node.read_only
         header = self.header
         error = self.error("request", reason=message)
-        if self._signaled and (not fatal or header.incompatible_features & ondisk.INCOMPAT_CORRUPT):
+        if not self._signal(message, offset, size, fatal=fatal):
             return error
+        if fatal:
+            self.usable = False
+            for callback in self.on_unusable:
+                callback()
+            try:
+                await self.set_incompatible(header.incompatible_features | ondisk.INCOMPAT_CORRUPT)
+            except BlockIOError as failure:
+                log.error("%s: could not mark the image as corrupt: %s", self.node.name, failure)
+        return error
+
+    def note_corruption(self, message: str) -> None:
+        """Report the corruption *message*, which hurts nobody further."""
+        self._signal(message, -1, -1, fatal=False)
+
+    def _signal(self, message: str, offset: int, size: int, *, fatal: bool) -> bool:
+        """Log and emit it, unless that was done before; whether it was now."""
+        if self._signaled and (not fatal or self.header.incompatible_features & ondisk.INCOMPAT_CORRUPT):
+            return False
         self._signaled = True
         if fatal:
             log.error("qcow2: Marking image as corrupt: %s; further corruption events will be suppressed", message)
@@ -187,15 +171,7 @@ class Image:
         if size >= 0:
             data["size"] = size
         self.node.emit("BLOCK_IMAGE_CORRUPTED", data)
-        if fatal:
-            self.usable = False
-            for callback in self.on_unusable:
-                callback()
-            try:
-                await self.set_incompatible(header.incompatible_features | ondisk.INCOMPAT_CORRUPT)
-            except BlockIOError as failure:
-                log.error("%s: could not mark the image as corrupt: %s", self.node.name, failure)
-        return error
+        return True
 
     # -- writing metadata -----------------------------------------------------------------------
 
@@ -214,6 +190,25 @@ class Image:
     async def write(self, offset: int, data: bytes | bytearray) -> None:
         """Write *data* to the file at byte *offset*."""
         await self.file.pwritev(offset, (memoryview(data),))
+
+    async def switch(
+        self, offset: int, new: bytes, old: bytes, undo: Callable[[], Awaitable[None]], *, durable: bool = True
+    ) -> None:
+        """Write *new* over *old* at byte *offset* of the file: a reference to what was allocated for it.
+
+        After a failure *new* may be there or not.  Only if *old* could be put back, durably, *undo* is called, which
+        gives up what *new* refers to.  *durable*: flush the file also if all goes well.
+        """
+        try:
+            await self.write(offset, new)
+            if durable:
+                await self.file.flush()
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(BlockIOError):
+                await self.write(offset, old)
+                await self.file.flush()
+                await undo()
+            raise
 
     async def read(self, offset: int, length: int) -> bytearray:
         """*length* bytes of the file from byte *offset* on; zeroes past its end."""

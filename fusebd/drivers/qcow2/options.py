@@ -154,7 +154,7 @@ def cache_sizes(options: Qcow2Options, *, size: int, cluster_bits: int, l2_entry
         raise OptionError("L2 cache size too big")
     if blocks > 2**31 - 1:
         raise OptionError("Refcount cache size too big")
-    if options.cache_clean_interval > 2**32 - 1:
+    if not 0 <= options.cache_clean_interval <= 2**32 - 1:
         raise OptionError("Cache clean interval too big")
     return CacheSizes(slice_bytes, slices, blocks)
 
@@ -164,5 +164,5 @@ def _size(value: int | UnsetType, name: str, default: int) -> int:
         return default
     assert isinstance(value, int)
     if value < 0:
-        raise OptionError(f"Parameter '{name}' expects a non-negative number below 2^64")
+        raise OptionError(f"Value '{value}' is out of range for parameter '{name}'")
     return value

@@ -20,7 +20,9 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from fusebd.drivers.qcow2.image import Epoch, Image
+import trio
+
+from fusebd.drivers.qcow2.image import Epoch, Image, hexadecimal
 from fusebd.drivers.qcow2.options import OL_REFCOUNT_BLOCK, OL_REFCOUNT_TABLE
 from fusebd.drivers.qcow2.refblock import RefcountWidth
 from fusebd.errors import BlockIOError
@@ -105,7 +107,9 @@ class Refcounts:
         image = self.image
         offset = self.block_offset(index)
         if offset & image.cluster_mask:
-            raise await image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
+            raise await image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {hexadecimal(index)})")
+        if offset > ondisk.MAX_FILE_OFFSET:
+            raise image.error("read refcount block", offset=offset)
         await self._make_room()
         block = Block(index, offset, await image.read(offset, image.cluster_size))
         self.blocks[index] = block
@@ -178,7 +182,7 @@ class Refcounts:
                 break
         try:
             await self._set_ones(first, count)
-        except BlockIOError:
+        except BaseException:
             self.free_hint = min(self.free_hint, first)
             raise
         self.free_hint = first + count
@@ -234,9 +238,10 @@ class Refcounts:
                 self.width.set_ones(block.data, at, stop)
                 block.dirty = True
                 done += stop - at
-        except BlockIOError:
+        except BaseException:
             if done > first:
-                await self.update(first, done - first, -1)
+                with trio.CancelScope(shield=True):
+                    await self.update(first, done - first, -1)
             raise
 
     async def update(self, first: int, count: int, delta: int) -> None:
@@ -271,34 +276,41 @@ class Refcounts:
         if host_offset == 0:
             raise await image.corrupt("Preventing invalid allocation of refcount block at offset 0")
         own_index, at = divmod(cluster, self.per_block)
-        if own_index != index:
-            if not await self._cover(cluster, 1):
-                return
-            await self._set_ones(cluster, 1)
-            await self.write_back()
         block = Block(index, host_offset, bytearray(image.cluster_size))
         if own_index == index:
             self.width.set(block.data, at, 1)
+        elif await self._cover(cluster, 1):
+            await self._set_ones(cluster, 1)
+        else:
+            return
+
+        async def undo() -> None:
+            if own_index != index:
+                await self.abandon(host_offset, 1)
+
         try:
+            await self.write_back()
             await image.check_overlap(host_offset, image.cluster_size)
             await image.announce("refblock_alloc_write")
             await image.announce("refblock_update_part")
             await image.write(host_offset, block.data)
             await image.file.flush()
             await image.announce("refblock_alloc_hookup")
-            await image.write(self.table_offset + 8 * index, host_offset.to_bytes(8, "big"))
-        except BlockIOError:
-            if own_index != index:
-                await self.update(cluster, 1, -1)
+        except BaseException:
+            await undo()
             raise
-        await self._enter(block)
-        self.needs_flush = True
+        await image.switch(self.table_offset + 8 * index, host_offset.to_bytes(8, "big"), bytes(8), undo, durable=False)
+        await self._enter([block])
 
-    async def _enter(self, block: Block) -> None:
-        self.table[block.index] = block.host_offset
-        self.image.metadata.add(OL_REFCOUNT_BLOCK, block.host_offset, self.image.cluster_size)
-        await self._make_room()
-        self.blocks[block.index] = block
+    async def _enter(self, blocks: list[Block]) -> None:
+        """The refcount table refers to new *blocks*; they are written already."""
+        for block in blocks:
+            self.table[block.index] = block.host_offset
+            self.image.metadata.add(OL_REFCOUNT_BLOCK, block.host_offset, self.image.cluster_size)
+        self.needs_flush = True
+        for block in blocks:
+            await self._make_room()
+            self.blocks[block.index] = block
 
     async def _grow_table(self, index: int) -> None:
         """Give the table an entry *index*: no refcount block exists from there on, so all of that space is free.
@@ -341,17 +353,23 @@ class Refcounts:
         await image.write(table_offset, swapped.tobytes())
         await image.file.flush()
         await image.announce("refblock_alloc_switch_table")
-        fields = {"refcount_table_offset": table_offset, "refcount_table_clusters": table_clusters}
-        await image.write(ondisk.REFCOUNT_TABLE_FIELDS_OFFSET, ondisk.REFCOUNT_TABLE_FIELDS.build(fields))
         old_offset, old_length = self.table_offset, len(self.table) * 8
+        new_fields, old_fields = (
+            ondisk.REFCOUNT_TABLE_FIELDS.build({"refcount_table_offset": offset, "refcount_table_clusters": clusters})
+            for offset, clusters in ((table_offset, table_clusters), (old_offset, old_length >> image.cluster_bits))
+        )
+
+        async def undo() -> None:
+            """Nothing counts the new clusters but what is in them."""
+
+        await image.switch(ondisk.REFCOUNT_TABLE_FIELDS_OFFSET, new_fields, old_fields, undo, durable=False)
         self.table, self.table_offset = table, table_offset
         image.header.refcount_table_offset, image.header.refcount_table_clusters = table_offset, table_clusters
         image.metadata.remove(OL_REFCOUNT_TABLE, old_offset, old_length)
         image.metadata.add(OL_REFCOUNT_TABLE, table_offset, table_clusters * image.cluster_size)
-        for block in blocks:
-            await self._enter(block)
-        self.needs_flush = True
         self.free(old_offset, old_length)
+        await self._enter(blocks)
+        await image.announce("cluster_free")
 
     # -- freeing --------------------------------------------------------------------------------
 
@@ -403,22 +421,34 @@ class Refcounts:
             epoch, freed = self._sealed[0]
             if epoch in self._epochs:
                 return
-            self._sealed.popleft()
-            lists -= 1
-            for item in freed:
+            while freed:
                 try:
-                    await self._release(item)
+                    await self._release(freed[0])
                 except BlockIOError as error:
                     log.error("%s: qcow2_free_clusters failed: %s", self.image.node.name, error)
+                freed.pop(0)
+            self._sealed.popleft()
+            lists -= 1
 
     async def _release(self, item: Freed) -> None:
-        await self.update(item.first, item.count, -1)
-        if not item.discard:
-            return
+        """Take down the refcounts of *item*; what of it is done is taken out of it, in case this is cancelled."""
+        while item.count:
+            # the clusters of one block: ``update`` then suspends only before it changes anything
+            first, count = item.first, min(item.count, self.per_block - item.first % self.per_block)
+            await self.image.announce("refblock_alloc")
+            await self.image.announce("refblock_load")
+            await self.update(first, count, -1)
+            item.first += count
+            item.count -= count
+            if item.discard:
+                await self._discard(first, count)
+
+    async def _discard(self, first: int, count: int) -> None:
+        """Tell the file about those of the clusters that nobody references any more."""
         bits = self.image.cluster_bits
-        start = end = item.first
-        for cluster in range(item.first, item.first + item.count + 1):
-            if cluster < item.first + item.count and not await self.get(cluster):
+        start = end = first
+        for cluster in range(first, first + count + 1):
+            if cluster < first + count and not await self.get(cluster):
                 end = cluster + 1
                 continue
             if start < end:
@@ -430,8 +460,9 @@ class Refcounts:
 
     async def abandon(self, host_offset: int, count: int) -> None:
         """Give back *count* clusters that were allocated but never referenced from any table."""
-        await self.image.announce("cluster_free")
         try:
-            await self.update(host_offset >> self.image.cluster_bits, count, -1)
+            with trio.CancelScope(shield=True):
+                await self.image.announce("cluster_free")
+                await self.update(host_offset >> self.image.cluster_bits, count, -1)
         except BlockIOError as error:
             log.error("%s: qcow2_free_clusters failed: %s", self.image.node.name, error)

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+
+import trio
 
 from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.header import check_table
 from fusebd.drivers.qcow2.image import Image
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.snapshots import Snapshot
@@ -19,28 +25,30 @@ from fusebd.ondisk import qcow2 as ondisk
 
 log = logging.getLogger(__name__)
 
+#: clusters that are counted in one array: few, because an image may refer to anywhere
+_AREA = 64
+
 
 async def rebuild_refcounts(
     image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot], snapshot_table_length: int
 ) -> None:
     """Make refcounts and COPIED flags agree with what the tables refer to, durably.
 
-    Suspends while tables are read.  Raises ImageError where references cannot be right, BlockIOError.
+    Suspends while tables are read, and after each.  Raises ImageError where references cannot be right, BlockIOError.
     """
     log.warning("%s: image was not closed cleanly, rebuilding its refcounts", image.node.name)
     async with image.lock:
-        count = _Counter(image, refcounts)
+        count = _Counter(image)
         count.add(0, image.cluster_size)
         count.add(refcounts.table_offset, len(refcounts.table) * 8)
-        for index in range(len(refcounts.table)):
-            if offset := refcounts.block_offset(index):
-                count.add_cluster(offset)
+        blocks = [index for index in range(len(refcounts.table)) if refcounts.block_offset(index)]
+        for offset, number in Counter(map(refcounts.block_offset, blocks)).items():
+            if number > 1:
+                raise ImageError(f"refcount block at offset {offset:#x} is used twice")
+            count.add_table(offset)
         count.add(image.header.snapshots_offset, snapshot_table_length)
-        await count.add_tables(tables.l1, tables.l1_offset)
-        for snapshot in snapshots:
-            l1 = _words(await image.read(snapshot.l1_table_offset, snapshot.l1_size * 8))
-            await count.add_tables(l1, snapshot.l1_table_offset)
-        await _store(count, refcounts)
+        await _count_data(image, tables, snapshots, count)
+        await _store(count, refcounts, blocks)
         await refcounts.write_back()
         await image.file.flush()
         await _fix_copied(image, tables, count)
@@ -54,92 +62,126 @@ def _words(data: bytearray) -> array[int]:
 
 
 class _Counter:
-    """Counts references; ``counts`` has an array for each refcount block that should be there."""
+    """Counts references to host clusters, in arrays for areas in which there are any."""
 
-    def __init__(self, image: Image, refcounts: Refcounts) -> None:
+    def __init__(self, image: Image) -> None:
         self._image = image
-        self._per_block = refcounts.per_block
-        self.counts: dict[int, array[int]] = {}
+        self._areas: dict[int, array[int]] = {}
 
     def of(self, cluster: int) -> int:
-        counts = self.counts.get(cluster // self._per_block)
-        return counts[cluster % self._per_block] if counts is not None else 0
+        """The references to one cluster."""
+        counts = self._areas.get(cluster // _AREA)
+        return counts[cluster % _AREA] if counts is not None else 0
 
-    def add(self, offset: int, length: int) -> None:
-        """One reference to each cluster that the bytes touch."""
+    def all(self) -> Iterator[tuple[int, int]]:
+        """All clusters that have references, with their number, in order."""
+        for area in sorted(self._areas):
+            for at, value in enumerate(self._areas[area]):
+                if value:
+                    yield area * _AREA + at, value
+
+    def add(self, offset: int, length: int, number: int = 1) -> None:
+        """*number* references to each cluster that the bytes touch."""
         if not length:
             return
         bits = self._image.cluster_bits
         if offset + length - 1 > ondisk.MAX_CLUSTER_OFFSET:
             raise ImageError(f"reference to offset {offset:#x}, which cannot be")
         for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
-            index, at = divmod(cluster, self._per_block)
-            counts = self.counts.get(index)
+            area, at = divmod(cluster, _AREA)
+            counts = self._areas.get(area)
             if counts is None:
-                counts = self.counts[index] = array("I", bytes(4 * self._per_block))
-            counts[at] += 1
+                counts = self._areas[area] = array("Q", bytes(8 * _AREA))
+            counts[at] += number
 
-    def add_cluster(self, offset: int) -> None:
-        """One reference to the cluster at *offset*, which has to be the beginning of one."""
+    def add_cluster(self, offset: int, number: int = 1) -> None:
+        """*number* references to the cluster at *offset*, which has to be the beginning of one."""
         if offset & self._image.cluster_mask:
             raise ImageError(f"cluster offset {offset:#x} is unaligned")
-        self.add(offset, 1)
+        self.add(offset, 1, number)
 
-    async def add_tables(self, l1: array[int], l1_offset: int) -> None:
-        """The references to an L1 table, to its L2 tables, and from those to data."""
-        image = self._image
-        self.add(l1_offset, len(l1) * 8)
-        for l1_entry in l1:
-            offset = l1_entry & ondisk.OFFSET_MASK
-            if not offset:
+    def add_table(self, offset: int, number: int = 1) -> None:
+        """The same for a cluster of metadata, which has to be in the file."""
+        if offset >= self._image.file.node.driver.length:
+            raise ImageError(f"table offset {offset:#x} is past the end of the file")
+        self.add_cluster(offset, number)
+
+
+async def _count_data(image: Image, tables: Tables, snapshots: list[Snapshot], count: _Counter) -> None:
+    """The references to L1 tables, to their L2 tables, and from those to data.
+
+    However often tables refer to the same one, it is read once.
+    """
+    for snapshot in snapshots:
+        check_table(
+            snapshot.l1_table_offset, snapshot.l1_size, 8, ondisk.MAX_L1_BYTES, image.cluster_size, "Snapshot L1 table"
+        )
+    l1_tables = Counter((s.l1_table_offset, s.l1_size * 8) for s in snapshots)
+    l1_tables[tables.l1_offset, len(tables.l1) * 8] += 1
+    l2_tables: Counter[int] = Counter()
+    for (offset, length), number in l1_tables.items():
+        count.add(offset, length, number)
+        l1 = _words(await image.read(offset, length))
+        for l1_entry, times in Counter(l1).items():
+            if l2_offset := l1_entry & ondisk.OFFSET_MASK:
+                l2_tables[l2_offset] += number * times
+        await trio.lowlevel.checkpoint()
+    for offset, number in l2_tables.items():
+        count.add_table(offset, number)
+        for entry in _words(await image.read(offset, image.cluster_size)):
+            if not entry:
                 continue
-            self.add_cluster(offset)
-            for entry in _words(await image.read(offset, image.cluster_size)):
-                if not entry:
-                    continue
-                kind = mapping.kind_of(entry)
-                if kind == mapping.COMPRESSED:
-                    self.add(*ondisk.parse_compressed(entry, image.cluster_bits))
-                elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
-                    self.add_cluster(entry & ondisk.OFFSET_MASK)
+            kind = mapping.kind_of(entry)
+            if kind == mapping.COMPRESSED:
+                count.add(*ondisk.parse_compressed(entry, image.cluster_bits), number)
+            elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
+                count.add_cluster(entry & ondisk.OFFSET_MASK, number)
+        await trio.lowlevel.checkpoint()
 
 
-async def _store(count: _Counter, refcounts: Refcounts) -> None:
-    """Put the counts into the refcount blocks, all of which have to exist."""
-    width = refcounts.width
-    for index in sorted(count.counts):
-        if not refcounts.block_offset(index):
-            raise ImageError(f"refcount block {index} is missing")
-    for index in range(len(refcounts.table)):
-        if not refcounts.block_offset(index):
-            continue
-        counts = count.counts.get(index)
-        block = await refcounts.block(index)
-        for at in range(refcounts.per_block):
-            value = counts[at] if counts is not None else 0
-            if value > width.maximum:
-                raise ImageError(f"cluster {index * refcounts.per_block + at} has too many references")
-            if width.get(block.data, at) != value:
-                width.set(block.data, at, value)
-                block.dirty = True
+async def _store(count: _Counter, refcounts: Refcounts, blocks: list[int]) -> None:
+    """Put the counts into the refcount blocks, of which those with the indexes *blocks* exist."""
+    width, per_block = refcounts.width, refcounts.per_block
+    counted = groupby(count.all(), lambda item: item[0] // per_block)
+    index, counts = next(counted, (-1, iter(())))
+    for existing in blocks:
+        if 0 <= index < existing:
+            break
+        data = bytearray(refcounts.image.cluster_size)
+        if index == existing:
+            for cluster, value in counts:
+                if value > width.maximum:
+                    raise ImageError(f"cluster {cluster} has too many references")
+                width.set(data, cluster % per_block, value)
+            index, counts = next(counted, (-1, iter(())))
+        block = await refcounts.block(existing)
+        if block.data != data:
+            block.data, block.dirty = data, True
+        await trio.lowlevel.checkpoint()
+    if index >= 0:
+        raise ImageError(f"refcount block {index} is missing")
 
 
 async def _fix_copied(image: Image, tables: Tables, count: _Counter) -> None:
     """Set COPIED in the active tables just where the refcount is one."""
     bits = image.cluster_bits
     changed = False
+    l2_offsets = set()
     for index, l1_entry in enumerate(tables.l1):
         offset = l1_entry & ondisk.OFFSET_MASK
         if not offset:
             continue
+        l2_offsets.add(offset)
         wanted = offset | (ondisk.COPIED if count.of(offset >> bits) == 1 else 0)
         if wanted != l1_entry:
             tables.l1[index] = wanted
             changed = True
+    for offset in sorted(l2_offsets):
         entries = _words(await image.read(offset, image.cluster_size))
         if _fix_entries(entries, count, bits):
             entries.byteswap()
             await image.write(offset, entries.tobytes())
+        await trio.lowlevel.checkpoint()
     if changed:
         swapped = array("Q", tables.l1)
         swapped.byteswap()

@@ -1,7 +1,8 @@
 """Changing the length of an image, and preallocating what is new.
 
 Behaviour and messages: QEMU qcow2_co_truncate, qcow2_grow_l1_table (block/qcow2*.c).  Unlike there, what is new reads
-as zeroes before the header says that the image is longer, and an image that became shorter keeps its L1 table.
+as zeroes before the header says that the image is longer, and an image that became shorter keeps its L1 table,
+emptied behind its end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Awaitable, Callable
+
+import trio
 
 from fusebd.block.child import MAY_UNMAP, Buffers
 from fusebd.block.driver import Preallocation
@@ -19,7 +22,7 @@ from fusebd.drivers.qcow2.options import OL_ACTIVE_L1
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.tables import Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
-from fusebd.errors import BlockIOError, NotSupported
+from fusebd.errors import BlockIOError
 from fusebd.ondisk import qcow2 as ondisk
 
 _SECTOR = 512
@@ -41,9 +44,7 @@ class Resizer:
         self._image, self._tables, self._refcounts = image, tables, refcounts
         self._allocator, self._zeroer, self._write = allocator, zeroer, write
 
-    async def truncate(
-        self, old: int, new: int, prealloc: Preallocation, *, zero: bool, nb_snapshots: int, nb_bitmaps: int
-    ) -> None:
+    async def truncate(self, old: int, new: int, prealloc: Preallocation, *, zero: bool, nb_snapshots: int) -> None:
         """Go from *old* to *new* bytes; *zero* makes new bytes zeroes where a backing file would show.
 
         Raises BlockIOError; the length in the header is then the old one.
@@ -52,8 +53,6 @@ class Resizer:
             raise self._refuse(f"The new size must be a multiple of {_SECTOR}", errno.EINVAL)
         if nb_snapshots and self._image.header.version < 3:
             raise self._refuse("Can't resize a v2 image which has snapshots")
-        if nb_bitmaps:
-            raise self._refuse("Cannot resize image with bitmaps")
         if new < old:
             if prealloc != "off":
                 raise self._refuse("Preallocation can't be used for shrinking an image", errno.EINVAL)
@@ -61,7 +60,12 @@ class Resizer:
             mask = self._image.cluster_mask
             start, end = (new + mask) & ~mask, (old + mask) & ~mask
             await self._zeroer.forget(start, end - start)
+            async with self._image.lock:
+                await self._tables.drop_from(l1_entries_for(self._image.header, new))
             return
+        if zero and self._image.header.version < 3 and new > old + (-old & self._image.cluster_mask):
+            # there are no zero clusters, and data for all of it might be more than the disk holds
+            raise self._refuse("Failed to zero out new clusters: Operation not supported")
         await self._grow_l1(l1_entries_for(self._image.header, new))
         await self._fill(old, new, prealloc, zero=zero)
         await self._set_size(new)
@@ -79,13 +83,12 @@ class Resizer:
         if new <= start:
             return
         end = (new + mask) & ~mask
+        # where a crash has interrupted shrinking, clusters are left behind the end
+        await self._zeroer.forget(start, end - start)
         if prealloc != "off":
             await self._allocator.preallocate(start, end - start, MAY_UNMAP if prealloc == "metadata" else 0)
         elif zero:
-            try:
-                await self._zeroer.zeroize(start, end - start, 0)
-            except NotSupported:
-                await self._write_zeroes(start, end)
+            await self._zeroer.zeroize(start, end - start, 0)
 
     async def _write_zeroes(self, start: int, end: int) -> None:
         for at in range(start, end, _PIECE):
@@ -97,8 +100,9 @@ class Resizer:
         async with image.lock:
             await self._tables.write_back()
             await image.file.flush()
-            await image.write(ondisk.SIZE_OFFSET, size.to_bytes(8, "big"))
-            await image.file.flush()
+            with trio.CancelScope(shield=True):
+                await image.write(ondisk.SIZE_OFFSET, size.to_bytes(8, "big"))
+                await image.file.flush()
             image.header.size = size
         image.node.set_length(size)
 
@@ -115,6 +119,10 @@ class Resizer:
             clusters = -(-entries * 8 // image.cluster_size)
             await image.announce("l1_grow_alloc_table")
             offset = await refcounts.allocate(clusters, "L1 table")
+
+            async def undo() -> None:
+                await refcounts.abandon(offset, clusters)
+
             try:
                 await refcounts.write_back()
                 await refcounts.flush_file()
@@ -125,16 +133,17 @@ class Resizer:
                 await image.write(offset, swapped.tobytes().ljust(clusters * image.cluster_size, b"\0"))
                 await image.file.flush()
                 await image.announce("l1_grow_activate_table")
-                fields = ondisk.L1_FIELDS.build({"l1_size": entries, "l1_table_offset": offset})
-                await image.write(ondisk.L1_FIELDS_OFFSET, fields)
-                await image.file.flush()
-            except BlockIOError:
-                await refcounts.abandon(offset, clusters)
+            except BaseException:
+                await undo()
                 raise
             old_offset, old_length = tables.l1_offset, len(tables.l1) * 8
+            new_fields = ondisk.L1_FIELDS.build({"l1_size": entries, "l1_table_offset": offset})
+            old_fields = ondisk.L1_FIELDS.build({"l1_size": len(tables.l1), "l1_table_offset": old_offset})
+            await image.switch(ondisk.L1_FIELDS_OFFSET, new_fields, old_fields, undo)
             tables.l1, tables.l1_offset = table, offset
             image.header.l1_size, image.header.l1_table_offset = entries, offset
             image.metadata.remove(OL_ACTIVE_L1, old_offset, old_length)
             image.metadata.add(OL_ACTIVE_L1, offset, entries * 8)
             if old_length:
                 refcounts.free(old_offset, old_length)
+                await image.announce("cluster_free")

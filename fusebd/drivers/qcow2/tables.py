@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from array import array
 
-from fusebd.drivers.qcow2.image import Image
+import trio
+
+from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import OL_ACTIVE_L1, OL_ACTIVE_L2
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.errors import BlockIOError
@@ -27,6 +29,10 @@ class Slice:
         self.number, self.host_offset, self.entries = number, host_offset, entries
         self.dirty = False
         self.used = True
+
+
+def _unaligned(table_offset: int, l1_index: int) -> str:
+    return f"L2 table offset {table_offset:#x} unaligned (L1 index: {hexadecimal(l1_index)})"
 
 
 class Tables:
@@ -83,7 +89,7 @@ class Tables:
         if not table_offset:
             return None
         if table_offset & image.cluster_mask:
-            raise await image.corrupt(f"L2 table offset {table_offset:#x} unaligned (L1 index: {l1_index:#x})")
+            raise await image.corrupt(_unaligned(table_offset, l1_index))
         host_offset = table_offset + number % self.slices_per_table * self.slice_bytes
         await self._make_room()
         await image.announce("l2_load")
@@ -100,11 +106,9 @@ class Tables:
         l1_index = guest_offset >> self.l1_shift
         entry = self.l1[l1_index]
         if (entry & ondisk.OFFSET_MASK) & image.cluster_mask:
-            raise await image.corrupt(
-                f"L2 table offset {entry & ondisk.OFFSET_MASK:#x} unaligned (L1 index: {l1_index:#x})"
-            )
+            raise await image.corrupt(_unaligned(entry & ondisk.OFFSET_MASK, l1_index))
         if not entry & ondisk.COPIED or not entry & ondisk.OFFSET_MASK:
-            await self._allocate_table(l1_index, entry & ondisk.OFFSET_MASK)
+            await self._allocate_table(l1_index, entry & ondisk.OFFSET_MASK, guest_offset >> self.slice_shift)
         found = await self.find(guest_offset)
         assert found is not None
         return found
@@ -157,8 +161,34 @@ class Tables:
 
     # -- tables ---------------------------------------------------------------------------------
 
-    async def _allocate_table(self, l1_index: int, old_offset: int) -> None:
-        """Give L1 entry *l1_index* an L2 table of its own, a copy of that at *old_offset* if that is not 0."""
+    async def drop_from(self, l1_index: int) -> None:
+        """Free the L2 tables of L1 entry *l1_index* and of those after it; nothing is mapped there any more."""
+        image = self.image
+        dropped = [entry & ondisk.OFFSET_MASK for entry in self.l1[l1_index:] if entry & ondisk.OFFSET_MASK]
+        if not dropped:
+            return
+        at, length = self.l1_offset + 8 * l1_index, 8 * (len(self.l1) - l1_index)
+        await image.check_overlap(at, length, OL_ACTIVE_L1)
+        await image.announce("l1_shrink_write_table")
+        with trio.CancelScope(shield=True):
+            await image.write(at, bytes(length))
+        self.l1[l1_index:] = array("Q", bytes(length))
+        for number in [number for number in self.slices if number >= l1_index * self.slices_per_table]:
+            del self.slices[number]
+        for offset in dropped:
+            image.metadata.remove(OL_ACTIVE_L2, offset, image.cluster_size)
+            if not offset & image.cluster_mask:
+                self.refcounts.free(offset, image.cluster_size)
+        self.refcounts.needs_flush = True
+        await image.announce("l1_shrink_free_l2_clusters")
+        await image.announce("cluster_free")
+
+    async def _allocate_table(self, l1_index: int, old_offset: int, wanted: int) -> None:
+        """Give L1 entry *l1_index* an L2 table of its own, a copy of that at *old_offset* if that is not 0.
+
+        Slice *wanted* of it is in the cache then.
+        """
+        await self._make_room()
         image, refcounts = self.image, self.refcounts
         host_offset = await refcounts.allocate(1, "L2 table")
         try:
@@ -169,13 +199,15 @@ class Tables:
             for number in range(first, first + self.slices_per_table):
                 at = (number - first) * self.slice_bytes
                 entries = await self._copied_entries(number, old_offset and old_offset + at)
+                if number == wanted:
+                    found = Slice(number, host_offset + at, entries)
                 await image.announce("l2_alloc_write")
                 await image.announce("l2_update")
                 swapped = array("Q", entries)
                 swapped.byteswap()
                 await image.write(host_offset + at, swapped.tobytes())
             await image.file.flush()
-        except BlockIOError:
+        except BaseException:
             await refcounts.abandon(host_offset, 1)
             raise
         await self._replace_l1_entry(l1_index, host_offset)
@@ -184,10 +216,11 @@ class Tables:
             cached = self.slices.get(number)
             if cached is not None:
                 cached.host_offset = host_offset + (number - first) * self.slice_bytes
+        self.slices.setdefault(wanted, found)
         if old_offset:
             image.metadata.remove(OL_ACTIVE_L2, old_offset, image.cluster_size)
-            await image.announce("cluster_free")
             refcounts.free(old_offset, image.cluster_size)
+            await image.announce("cluster_free")
 
     async def _copied_entries(self, number: int, old_offset: int) -> array[int]:
         """The entries of slice *number*, read at the host offset *old_offset* if they are not cached; zeroes if 0."""
@@ -209,15 +242,15 @@ class Tables:
         old = self.l1[l1_index]
         entry = host_offset | ondisk.COPIED
         await image.check_overlap(at, 8, OL_ACTIVE_L1)
+
+        async def undo() -> None:
+            await self.refcounts.abandon(host_offset, 1)
+
         try:
             await image.announce("l1_update")
-            await image.write(at, entry.to_bytes(8, "big"))
-        except BlockIOError:
-            # The entry may have been written or not.  The new table can be given back only if it is certain that
-            # the old entry is there.
-            await image.announce("l1_update")
-            await image.write(at, old.to_bytes(8, "big"))
-            await self.refcounts.abandon(host_offset, 1)
+        except BaseException:
+            await undo()
             raise
+        await image.switch(at, entry.to_bytes(8, "big"), old.to_bytes(8, "big"), undo, durable=False)
         self.l1[l1_index] = entry
         self.refcounts.needs_flush = True

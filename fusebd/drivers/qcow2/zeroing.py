@@ -36,13 +36,18 @@ class Zeroer:
         """What a request on part of a cluster gets."""
         return NotSupported(node_name=self._image.node.name, operation=operation)
 
-    async def zeroize(self, offset: int, length: int, flags: int) -> None:
-        """Make the clusters read as zeroes; with MAY_UNMAP their host clusters are freed."""
+    async def zeroize(self, offset: int, length: int, flags: int, *, without_data: bool = False) -> None:
+        """Make the clusters read as zeroes; with MAY_UNMAP their host clusters are freed.
+
+        *without_data*: part of them was found to be zero before; NotSupported if data has come there since then.
+        """
         if self._image.header.version < 3:
             raise self.refuse("write zeroes")
 
         def zeroed(old: int) -> int:
             kind = mapping.kind_of(old)
+            if without_data and kind in (mapping.DATA, mapping.COMPRESSED):
+                raise self.refuse("write zeroes")
             allocated = kind in (mapping.DATA, mapping.ZERO_ALLOCATED)
             if kind == mapping.COMPRESSED or (flags & MAY_UNMAP and allocated):
                 keep = self._keep_reference and kind != mapping.COMPRESSED
@@ -52,8 +57,10 @@ class Zeroer:
         await self._change(offset, length, zeroed)
 
     async def discard(self, offset: int, length: int, *, has_backing: bool) -> None:
-        """Free the host clusters; zeroes are read then if the version is 3 or there is no backing file."""
+        """Free the host clusters; zeroes are read then.  NotSupported where the backing file would show instead."""
         zero = ondisk.ZERO if self._image.header.version >= 3 else 0
+        if has_backing and not zero:
+            raise self.refuse("discard")
 
         def discarded(old: int) -> int:
             kind = mapping.kind_of(old)
@@ -69,7 +76,11 @@ class Zeroer:
 
     async def forget(self, offset: int, length: int) -> None:
         """Free the clusters and leave them unallocated: nobody reads them any more."""
-        await self._change(offset, length, lambda _: 0)
+        tables, end = self._tables, offset + length
+        for index in range(offset >> tables.l1_shift, min(len(tables.l1), -(-end >> tables.l1_shift))):
+            if tables.l1[index]:
+                start = max(offset, index << tables.l1_shift)
+                await self._change(start, min(end, index + 1 << tables.l1_shift) - start, lambda _: 0)
 
     async def _change(self, offset: int, length: int, new_entry: Callable[[int], int]) -> None:
         """Replace the entries of the clusters by what *new_entry* makes of them, slice by slice."""
@@ -89,11 +100,15 @@ class Zeroer:
                 else:
                     entries = None
                 if entries is not None:
-                    self._replace(tables.slices[cluster >> (tables.slice_shift - bits)], at, limit, new_entry)
+                    item = tables.slices[cluster >> (tables.slice_shift - bits)]
+                    if self._replace(item, at, limit, new_entry):
+                        await image.announce("cluster_free")
             cluster = stop
 
-    def _replace(self, item: Slice, at: int, limit: int, new_entry: Callable[[int], int]) -> None:
+    def _replace(self, item: Slice, at: int, limit: int, new_entry: Callable[[int], int]) -> bool:
+        """Whether clusters were freed."""
         entries = item.entries
+        freed = False
         for index in range(at, limit):
             old = entries[index]
             new = new_entry(old)
@@ -101,5 +116,7 @@ class Zeroer:
                 continue
             item.dirty = True
             entries[index] = new
-            if not new & ondisk.OFFSET_MASK:
+            if not new & ondisk.OFFSET_MASK and old & ondisk.OFFSET_MASK:
                 self._allocator.free_entry(old, discard=self._pass_on)
+                freed = True
+        return freed
