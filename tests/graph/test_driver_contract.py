@@ -24,6 +24,7 @@ from fusebd.block.blockstatus import block_status
 from fusebd.block.child import Root
 from fusebd.block.driver import driver_class, driver_names
 from fusebd.block.graph import Graph
+from fusebd.block.options import tree_from_dotted
 from fusebd.block.perms import Perm
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, ReadOnlyError
@@ -67,6 +68,7 @@ class Recipe:
     content: Callable[[Path], bytes] = blank
     options: Callable[[Path], dict[str, Any]] = lambda path: {}
     stores: bool = True  #: what was written can be read
+    objects: tuple[dict[str, Any], ...] = ()  #: what the options refer to beside nodes
     suspends: bool = False  #: on its own account: the host, or by design
     undo: Callable[[dict[str, Any]], None] = field(default=lambda options: None)
 
@@ -77,15 +79,29 @@ def detach_loop(options: dict[str, Any]) -> None:
 
 RECIPES = {
     "blkdebug": Recipe(("image",)),
+    "blklogwrites": Recipe(("file", "log")),
     "blkverify": Recipe(("test", "raw")),
+    "fault": Recipe(("file",)),
     "file": Recipe(options=plain_file, suspends=True),
     "host_device": Recipe(options=loop_device, suspends=True, undo=detach_loop),
     "null-aio": Recipe(options=lambda path: {"size": LENGTH}, stores=False, suspends=True),
     "null-co": Recipe(options=lambda path: {"size": LENGTH}, stores=False),
     "qcow2": Recipe(("file",), content=blank_qcow2),
+    "quorum": Recipe(
+        ("children.0", "children.1", "children.2"),
+        options=lambda path: {"vote-threshold": 2, "rewrite-corrupted": True},
+    ),
     "raw": Recipe(("file",)),
     "test-memory": Recipe(options=lambda path: {"size": LENGTH}),
+    "test-recorder": Recipe(("file",)),
     "test-suspends": Recipe(("file",), suspends=True),
+    "throttle": Recipe(
+        ("file",),
+        options=lambda path: {"throttle-group": "group"},
+        # limits that nothing here reaches
+        objects=({"qom-type": "throttle-group", "id": "group", "limits": {"iops-total": 10**9, "bps-total": 10**12}},),
+    ),
+    "volatile-cache": Recipe(("file",)),
 }
 NAMES = driver_names()
 
@@ -103,6 +119,8 @@ class Stack:
     async def add(self, **more: Any) -> None:
         """Build the stack; *more* are options of the top node."""
         options: dict[str, Any] = {"driver": self.name, "node-name": "top", "discard": "unmap", **more}
+        for described in self.recipe.objects:
+            await self.graph.objects.add(described)
         for child in self.recipe.children:
             content = self.recipe.content(self.path)
             await self.graph.blockdev_add({"driver": "test-memory", "node-name": f"{child}-memory", "size": 4096})
@@ -116,7 +134,7 @@ class Stack:
                 )
                 options[child] = f"{child}-suspends"
         self._given = self.recipe.options(self.path)
-        await self.graph.blockdev_add({**options, **self._given})
+        await self.graph.blockdev_add(tree_from_dotted({**options, **self._given}))
 
     async def root(self, perm: Perm = READ_WRITE) -> Root:
         await self.add()
