@@ -54,6 +54,7 @@ class Toy(FileSystem):
         self.calls: Counter[str] = Counter()
         self.last: dict[str, list[int]] = {}
         self.held = 0
+        self.held_back = 0
         self.gate = trio.Event()
         self.backing = os.open(backing, os.O_RDWR) if backing else None
 
@@ -118,8 +119,9 @@ class Toy(FileSystem):
         buf[: len(part)] = part
         return len(part)
 
-    async def write(self, fh: int, offset: int, buf: memoryview) -> int:
+    async def write(self, fh: int, offset: int, buf: memoryview, held_back: int = 0) -> int:
         self._note("write", fh, offset, len(buf))
+        self.held_back = held_back
         ino = fh % 1000
         if NAMES[ino - 2] == b"broken":
             raise FuseError(errno.ENOSPC)

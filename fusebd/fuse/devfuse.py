@@ -25,8 +25,9 @@ import errno
 import logging
 import os
 import select
+import sys
 import types
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from functools import partial
 from struct import Struct
 from time import monotonic, time_ns
@@ -34,11 +35,14 @@ from typing import Any, TypeVar, cast
 
 import trio
 
-from fusebd.errors import FuseError, FuseProtocolError
+from fusebd.block.caller import Asked
+from fusebd.errors import FuseError, FuseProtocolError, NotSupported
 from fusebd.fuse import wire
 from fusebd.fuse.arena import Arena
+from fusebd.fuse.asked import ENOUGH, asked
+from fusebd.fuse.notices import Notices
 from fusebd.fuse.passthrough import Backings
-from fusebd.fuse.transport import MAX_REQUEST, Changes, FileSystem, Opened
+from fusebd.fuse.transport import MAX_REQUEST, Changes, FileSystem, Opened, current_request
 from fusebd.fuse.wire import Fattr, Fopen, InHeader, Init, Opcode
 
 log = logging.getLogger(__name__)
@@ -128,6 +132,22 @@ class _Reader:
         #: it is this one that waits when there is nothing to read
         self.has_turn = True
 
+    # who asked (fusebd.block.caller): read from the header only where somebody wants to know
+
+    @property
+    def pid(self) -> int:
+        return int.from_bytes(self.head[32:36], sys.byteorder)
+
+    @property
+    def uid(self) -> int:
+        return int.from_bytes(self.head[24:28], sys.byteorder)
+
+    def identity(self) -> dict[str, Any]:
+        return {"request": int.from_bytes(self.head[8:16], sys.byteorder), "pid": self.pid}
+
+    def asked(self) -> Asked:
+        return asked(memoryview(bytes(self.head) + bytes(self.data[:ENOUGH])))
+
     def message(self, length: int) -> memoryview:
         """A request of *length* bytes that is neither a read nor a write, in one piece."""
         if length <= _HEAD:
@@ -156,14 +176,15 @@ class DevfuseTransport:
         self.capabilities = frozenset({"fallocate", "lseek", "copy_file_range", "parallel-writes", "notify"})
         self._fs = fs
         self._fd = descriptor
-        self._wanted = _WANTED | Init.WRITEBACK_CACHE if writeback else _WANTED
+        # Without ATOMIC_O_TRUNC, the length after an opening with O_TRUNC is what a SETATTR is answered: with
+        # WRITEBACK_CACHE the kernel would go by its own idea of it, which is 0.
+        self._wanted = (_WANTED | Init.WRITEBACK_CACHE) & ~Init.ATOMIC_O_TRUNC if writeback else _WANTED
         self._session: wire.Session | None = None
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
         self._idle: list[tuple[_Reader, trio.lowlevel.Task]] = []
         self._suspended = 0
-        self._notices: dict[bytes, None] = {}
-        self._noticed = trio.Event()
+        self._notices: Notices[bytes] = Notices(self._to_write)
         self._backings = Backings(descriptor)
         self._arena = Arena()
 
@@ -174,9 +195,10 @@ class DevfuseTransport:
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._read_requests)
             notifier = trio.CancelScope()
-            self._nursery.start_soon(self._send_notices, notifier)
+            self._nursery.start_soon(self._notices.send, notifier)
             await self._ended.wait()
             notifier.cancel()
+            self._notices.end()
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -228,6 +250,26 @@ class DevfuseTransport:
             self.capabilities |= {"shared-mmap"}
         if session.flags & Init.PASSTHROUGH:
             self.capabilities |= {"passthrough"}
+        if session.flags & Init.WRITEBACK_CACHE:
+            self.capabilities |= {"writeback"}
+
+    def why_not(self, capability: str) -> str:
+        if capability == "writeback" and not self._wanted & Init.WRITEBACK_CACHE:
+            return "the mount was made without it"
+        if capability == "passthrough" and "writeback" in self.capabilities:
+            return "in one mount, the kernel has this or 'writeback'"
+        return "the kernel cannot do it"
+
+    def try_backing(self, descriptor: int) -> None:
+        if "passthrough" not in self.capabilities:
+            raise NotSupported(operation="passthrough", reason=self.why_not("passthrough"))
+        try:
+            self._backings.try_one(descriptor)
+        except OSError as error:
+            reason = f"the kernel refuses it: {os.strerror(error.errno or errno.EIO)}"
+            if error.errno == errno.EPERM:
+                reason += " (it takes root)"
+            raise NotSupported(operation="passthrough", reason=reason) from None
 
     # -- readers --------------------------------------------------------------------------------
 
@@ -237,6 +279,7 @@ class DevfuseTransport:
     async def _read_requests(self) -> None:
         """A reader task; it has the turn when it starts."""
         reader = self._new_reader()
+        current_request.set(reader)
         await _watched(self._read_by_turns(reader), reader.suspending)
         self._arena.give_back(reader.data)
 
@@ -277,7 +320,7 @@ class DevfuseTransport:
         unpack = wire.IO_REQUEST.unpack_from
         pack_head, pack_written = wire.OUT_HEADER.struct.pack, _WRITE_REPLY.pack
         head_size, out_size, max_size, max_offset = _HEAD, _OUT, MAX_REQUEST, wire.MAX_OFFSET
-        read_op, write_op = int(Opcode.READ), int(Opcode.WRITE)
+        read_op, write_op, held_back = int(Opcode.READ), int(Opcode.WRITE), wire.WRITE_CACHE
         room, head, data = reader.room, reader.head, reader.data
         polls = False
         turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
@@ -301,7 +344,7 @@ class DevfuseTransport:
             if not length:
                 self._end()
                 return False
-            total, opcode, unique, _, fh, offset, size = unpack(head)
+            total, opcode, unique, _, fh, offset, size, flags = unpack(head)
             reply: bytes | tuple[bytes, memoryview]
             reader.serving = True
             try:
@@ -320,7 +363,8 @@ class DevfuseTransport:
                     and size == length - head_size
                     and offset <= max_offset - size
                 ):
-                    reply = pack_written(24, 0, unique, await fs_write(fh, offset, data[:size]))
+                    done = await fs_write(fh, offset, data[:size], flags & held_back)
+                    reply = pack_written(24, 0, unique, done)
                 else:
                     reply = await other(unique, reader.message(length))
             except FuseError as error:
@@ -442,7 +486,8 @@ class DevfuseTransport:
     async def _slow_write(self, header: InHeader, body: memoryview) -> bytes:
         """A write that has something unusual about it; most likely it is refused here."""
         request, data = wire.decode_write(body)
-        return wire.encode_write_out(await self._fs.write(request.fh, request.offset, data))
+        held_back = request.rw_flags & wire.WRITE_CACHE
+        return wire.encode_write_out(await self._fs.write(request.fh, request.offset, data, held_back))
 
     async def _slow_read(self, header: InHeader, body: memoryview) -> bytes:
         request = wire.READ_IN.decode(body)
@@ -518,13 +563,14 @@ class DevfuseTransport:
     # -- notifications --------------------------------------------------------------------------
 
     def _notify(self, notice: bytes) -> None:
-        if self._ended.is_set():
-            return
-        self._notices[notice] = None
-        self._noticed.set()
+        if not self._ended.is_set():
+            self._notices.give(notice)
 
-    def notify_inval_inode(self, ino: int) -> None:
-        self._notify(wire.encode_inval_inode(ino))
+    def notify_inval_inode(self, ino: int, offset: int = 0, length: int = 0) -> None:
+        self._notify(wire.encode_inval_inode(ino, offset, length))
+
+    async def wait_notified(self) -> bool:
+        return await self._notices.wait_taken()
 
     def notify_inval_entry(self, parent: int, name: bytes) -> None:
         self._notify(wire.encode_inval_entry(parent, name))
@@ -532,20 +578,12 @@ class DevfuseTransport:
     def notify_delete(self, parent: int, ino: int, name: bytes) -> None:
         self._notify(wire.encode_delete(parent, ino, name))
 
-    async def _send_notices(self, scope: trio.CancelScope) -> None:
-        """A thread sends them, because the kernel may need answers from us before it has taken one."""
-        limiter = trio.CapacityLimiter(1)
-        with scope:
-            while True:
-                await self._noticed.wait()
-                self._noticed = trio.Event()
-                notices, self._notices = self._notices, {}
-                # A thread that is left behind must not write to whatever has the number of our descriptor then.
-                own = os.dup(self._fd)
-                await trio.to_thread.run_sync(_write_notices, own, notices, abandon_on_cancel=True, limiter=limiter)
+    def _to_write(self, notices: Iterable[bytes]) -> Callable[[], None]:
+        # A thread that is left behind must not write to whatever has the number of our descriptor then.
+        return partial(_write_notices, os.dup(self._fd), notices)
 
 
-def _write_notices(descriptor: int, notices: dict[bytes, None]) -> None:
+def _write_notices(descriptor: int, notices: Iterable[bytes]) -> None:
     try:
         for notice in notices:
             with contextlib.suppress(OSError):  # ENOENT: nothing of it was cached

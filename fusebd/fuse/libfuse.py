@@ -8,14 +8,19 @@ is given the descriptor (``/dev/fd/N``).
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NoReturn
 
 import pyfuse3
 import trio
 
-from fusebd.errors import FuseError, UsageError
-from fusebd.fuse.transport import Attr, BufferPool, Changes, FileSystem
+from fusebd.block.caller import Asked
+from fusebd.errors import FuseError, NotSupported, UsageError
+from fusebd.fuse.notices import Notices
+from fusebd.fuse.transport import Attr, BufferPool, Changes, FileSystem, current_request
 
 #: tasks that read requests; each serves the one that it read.  Idle ones above the minimum end.
 _MIN_TASKS, _MAX_TASKS = 8, 128
@@ -35,40 +40,41 @@ class LibfuseTransport:
         except RuntimeError as error:
             raise UsageError(f"pyfuse3: {error}", errno=errno.EIO) from None
         LibfuseTransport._in_use = True
-        self._nursery: trio.Nursery | None = None
-        self._stale: set[int] = set()
+        self._serving = False
+        self._stale: Notices[int] = Notices(lambda inos: partial(_invalidate, inos))
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as nursery:
+            notifier = trio.CancelScope()
+            nursery.start_soon(self._stale.send, notifier)
+            self._serving = True
             task_status.started()
             try:
                 await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             finally:
-                nursery, self._nursery = self._nursery, None
-                nursery.cancel_scope.cancel()
+                self._serving = False
+                notifier.cancel()
+                self._stale.end()
 
     def close(self) -> None:
         """A notification that the kernel has not finished keeps the session open: libfuse would free it under it."""
-        if not self._stale:
+        if not self._stale.under_way:
             pyfuse3.close(unmount=False)
             LibfuseTransport._in_use = False
 
-    def notify_inval_inode(self, ino: int) -> None:
-        if self._nursery is not None and ino not in self._stale:
-            self._stale.add(ino)
-            self._nursery.start_soon(self._invalidate, ino)
+    def why_not(self, capability: str) -> str:
+        return "it takes the devfuse transport"
 
-    async def _invalidate(self, ino: int) -> None:
-        # The kernel may wait for pages that it is reading from us.
-        await trio.to_thread.run_sync(self._invalidate_in_thread, ino, abandon_on_cancel=True)
+    def try_backing(self, descriptor: int) -> None:
+        raise NotSupported(operation="passthrough", reason=self.why_not("passthrough"))
 
-    def _invalidate_in_thread(self, ino: int) -> None:
-        try:
-            pyfuse3.invalidate_inode(pyfuse3.InodeT(ino))
-        except OSError:
-            pass  # the kernel does not know the inode: then there is nothing to forget
-        finally:
-            self._stale.discard(ino)
+    async def wait_notified(self) -> bool:
+        return await self._stale.wait_taken()
+
+    def notify_inval_inode(self, ino: int, offset: int = 0, length: int = 0) -> None:
+        """All pages, whatever the range: pyfuse3 knows no other way."""
+        if self._serving:
+            self._stale.give(ino)
 
     def notify_inval_entry(self, parent: int, name: bytes) -> None:
         pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
@@ -79,8 +85,29 @@ class LibfuseTransport:
         )
 
 
+def _invalidate(inos: Iterable[int]) -> None:
+    for ino in inos:
+        with contextlib.suppress(OSError):  # the kernel does not know the inode: then there is nothing to forget
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(ino))
+
+
 def _refuse(error: FuseError) -> NoReturn:
     raise pyfuse3.FUSEError(error.errno) from None
+
+
+class _Request:
+    """The request that a task serves.  pyfuse3 does not tell whose reads, writes and flushes it is asked for."""
+
+    pid, uid = 0, -1
+
+    def __init__(self, *asked: Any) -> None:
+        self._asked = Asked(*asked)
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def asked(self) -> Asked:
+        return self._asked
 
 
 class _Operations(pyfuse3.Operations):
@@ -138,6 +165,7 @@ class _Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        current_request.set(_Request("resize", attr.st_size))
         try:
             return self._entry(await self._fs.setattr(inode, changes, fh))
         except FuseError as error:
@@ -152,12 +180,14 @@ class _Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=fh, direct_io=opened.direct_io, keep_cache=opened.keep_cache)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        current_request.set(_Request("close"))
         try:
             await self._fs.release(fh)
         except FuseError as error:
             _refuse(error)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        current_request.set(_Request("read", off, size))
         buf = self._pool.take(size)
         try:
             done = await self._fs.read(fh, off, buf[:size])
@@ -169,18 +199,21 @@ class _Operations(pyfuse3.Operations):
         return buf[:done]  # type: ignore[return-value]
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        current_request.set(_Request("write", off, len(buf)))
         try:
             return await self._fs.write(fh, off, memoryview(buf))
         except FuseError as error:
             _refuse(error)
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        current_request.set(_Request("flush"))
         try:
             await self._fs.flush(fh)
         except FuseError as error:
             _refuse(error)
 
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        current_request.set(_Request("flush"))
         try:
             await self._fs.fsync(fh, datasync)
         except FuseError as error:

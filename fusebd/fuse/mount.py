@@ -1,4 +1,4 @@
-"""Mounting a graph as a directory, from the checks of the mount point to the unmount at the end."""
+"""Mounting nodes as files, from the checks of the mount point to the unmount at the end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Literal
 
 import trio
 
+from fusebd.block.cachemode import CacheMode
 from fusebd.block.graph import Graph
-from fusebd.errors import UsageError
+from fusebd.errors import UsageError, single_error
 from fusebd.fuse import mountpoint as mounting
+from fusebd.fuse.files import Files
 from fusebd.fuse.mountpoint import clear_dead_mount, is_mounted
 from fusebd.fuse.transport import MAX_REQUEST, FileSystem, Transport
 from fusebd.fuse.tree import Tree
 
-__all__ = ["TransportName", "clear_dead_mount", "is_mounted", "run_mount"]
+__all__ = ["TransportName", "clear_dead_mount", "is_mounted", "run_mount", "serve_mounted"]
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ BUSY_GRACE = 2.0
 _BUSY_RETRY = 0.1
 
 
-def _make_transport(name: TransportName, fs: FileSystem, descriptor: int) -> Transport:
+def _make_transport(name: TransportName, fs: FileSystem, descriptor: int, *, writeback: bool) -> Transport:
     """Only the one that is used is imported: pyfuse3 takes as long to load as all the rest."""
     if name == "pyfuse3":
         from fusebd.fuse.libfuse import LibfuseTransport
@@ -36,7 +38,7 @@ def _make_transport(name: TransportName, fs: FileSystem, descriptor: int) -> Tra
         return LibfuseTransport(fs, descriptor)
     from fusebd.fuse.devfuse import DevfuseTransport
 
-    return DevfuseTransport(fs, descriptor)
+    return DevfuseTransport(fs, descriptor, writeback=writeback)
 
 
 async def run_mount(
@@ -47,40 +49,68 @@ async def run_mount(
     read_only: bool = False,
     allow_other: bool = False,
     info: Mapping[str, str] | None = None,
+    caches: Mapping[str, CacheMode] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Mount *graph* at *mountpoint* and serve it; returns after it was unmounted from outside.
+    """Mount *graph* as a directory at *mountpoint* and serve it, as ``serve_mounted`` does.
+
+    *info* are extended attributes of the directory, *caches* the cache modes of files (see ``Tree``).
+    """
+    mounting.check(mountpoint)
+    tree = Tree(graph, read_only=read_only, allow_other=allow_other, info=info, caches=caches)
+    await serve_mounted(
+        tree,
+        mountpoint,
+        transport=transport,
+        read_only=read_only,
+        allow_other=allow_other,
+        task_status=task_status,
+    )
+
+
+async def serve_mounted(
+    fs: Files,
+    mountpoint: str,
+    *,
+    transport: TransportName = "auto",
+    read_only: bool = False,
+    allow_other: bool = False,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mount *fs* at *mountpoint* and serve it; returns after it was unmounted from outside.
 
     *task_status* is told when requests are served.  When cancelled, it unmounts; if the mount stays in use for
     ``BUSY_GRACE``, it is detached, and those who use it get ENOTCONN from then on.  Whatever the end, what was written
-    is flushed.  *info* are extended attributes of the directory (see ``Tree``).  Raises UsageError, one line
-    that names what is wrong, before anything is mounted.
+    is flushed, and *fs* closed.  Raises UsageError, one line that names what is wrong; nothing is mounted then.
     """
-    mounting.check(mountpoint)
-    tree = Tree(graph, read_only=read_only, allow_other=allow_other, info=info)
     try:
-        await _serve(tree, mountpoint, transport, read_only, allow_other, task_status)
+        with single_error():
+            await _serve(fs, mountpoint, transport, read_only, allow_other, task_status)
     finally:
-        tree.transport = None
+        fs.transport = None
         with trio.CancelScope(shield=True):
-            await tree.aclose()
+            await fs.aclose()
 
 
 async def _serve(
-    tree: Tree,
+    fs: Files,
     mountpoint: str,
     name: TransportName,
     read_only: bool,
     allow_other: bool,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    descriptor = mounting.mount(mountpoint, read_only=read_only, allow_other=allow_other, max_read=MAX_REQUEST)
+    # In a thread: the mount point may be in a directory that this very process serves.
+    descriptor = await trio.to_thread.run_sync(
+        partial(mounting.mount, mountpoint, read_only=read_only, allow_other=allow_other, max_read=MAX_REQUEST)
+    )
     try:
-        transport = _make_transport(name, tree, descriptor)
+        writeback = "writeback" in fs.wanted_caches().values()
+        transport = _make_transport(name, fs, descriptor, writeback=writeback)
     except BaseException:
         mounting.unmount(mountpoint, lazy=True)
         raise
-    tree.transport = transport
+    fs.transport, fs.mountpoint = transport, mountpoint
     # Requests must be answered while the kernel unmounts: only after that the server is cancelled.
     server = trio.CancelScope(shield=True)
     ended = trio.Event()
@@ -94,8 +124,12 @@ async def _serve(
 
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve)
             try:
+                # Shielded like what it starts: a server that comes up while this is cancelled is not cancelled itself,
+                # and there would be nobody to end it.
+                with trio.CancelScope(shield=True):
+                    await nursery.start(serve)
+                await fs.check_caches()
                 task_status.started()
                 await ended.wait()
             finally:

@@ -10,18 +10,22 @@ import errno
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK
-from fusebd.block.graph import Graph
+from fusebd.block.cachemode import CacheMode
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root
+from fusebd.block.contentwatch import ContentWatch
+from fusebd.block.mutex import Mutex
 from fusebd.block.node import Node
 from fusebd.block.perms import Perm
 from fusebd.block.status import Status
 from fusebd.errors import FuseError
+from fusebd.fuse.caching import Access
+from fusebd.fuse.entry import Entry, Needs
 from fusebd.fuse.transport import Attr
 
 #: fallocate(2) modes (include/uapi/linux/falloc.h)
@@ -37,18 +41,71 @@ _STATUS_TURN = 64
 
 
 class NodeFile:
-    """The file of *node*.  What ``chmod``, ``chown`` and ``touch`` set is kept as long as the node is there."""
+    """The file of *node*, with permission bits *mode*.
 
-    __slots__ = ("_allow_other", "_mode", "_read_only", "atime_ns", "ctime_ns", "gid", "ino", "mtime_ns", "node", "uid")
+    What ``chmod``, ``chown`` and ``touch`` set is kept as long as the node is there.  A *growable* file becomes longer
+    by writes past its end; with *writethrough*, every write to it is durable when it returns.
 
-    def __init__(self, node: Node, ino: int, *, read_only: bool, allow_other: bool) -> None:
+    ``cache`` is the mode that is asked for; ``told_length`` the length of which the kernel knows, where it goes by its
+    own knowledge.  ``overran``: the kernel has taken writes past the end, and has a wrong idea of it.  ``open_files``
+    share ``entry``; ``resizing`` counts those of their requests that change the length.  ``taken_back`` says why it is
+    not passed through though it should be.
+    """
+
+    __slots__ = (
+        "_allow_other",
+        "_mode",
+        "_read_only",
+        "atime_ns",
+        "cache",
+        "ctime_ns",
+        "entry",
+        "gid",
+        "growable",
+        "growing",
+        "ino",
+        "mtime_ns",
+        "node",
+        "open_files",
+        "overran",
+        "resizing",
+        "taken_back",
+        "told_length",
+        "uid",
+        "watch",
+        "writethrough",
+    )
+
+    entry: Entry  #: given to it by those who keep the files
+
+    def __init__(
+        self,
+        node: Node,
+        ino: int,
+        mode: int,
+        *,
+        cache: CacheMode,
+        read_only: bool,
+        allow_other: bool,
+        growable: bool = False,
+        writethrough: bool = False,
+    ) -> None:
         self.node = node
         self.ino = ino
+        self.cache = cache
+        self.open_files: list[OpenFile] = []
+        self.watch: ContentWatch | None = None
+        self.told_length = node.entrance.driver.length
+        self.overran = False
+        self.resizing = 0
+        self.taken_back = ""
         self.uid, self.gid = os.geteuid(), os.getegid()
+        self.growable = growable
+        self.growing = Mutex()
+        self.writethrough = writethrough
         self._read_only = read_only
         self._allow_other = allow_other
-        # With allow_other, everybody may read, as with files that are made under the usual umask.
-        self._mode = 0o644 if allow_other else 0o600
+        self._mode = mode
         self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
 
     @property
@@ -56,9 +113,41 @@ class NodeFile:
         """Whether the file cannot be written, whatever its mode."""
         return self._read_only or self.node.read_only
 
+    @property
+    def is_passed(self) -> bool:
+        """Whether the kernel reads and writes the host's file by itself just now."""
+        return self.cache == "passthrough" and any(handle.access.passed for handle in self.open_files)
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether it is open through the page cache."""
+        return any(handle.access.cached for handle in self.open_files)
+
+    def catch_up(self) -> None:
+        """Take over the length and the time of what the kernel has written into the host's file by itself."""
+        if self.cache != "passthrough" or not any(
+            handle.access.passed and handle.writable for handle in self.open_files
+        ):
+            return
+        bottom = self._bottom()
+        bottom.driver.refresh_length()
+        self.mtime_ns = max(self.mtime_ns, os.fstat(bottom.backing_descriptor()).st_mtime_ns)
+
+    def changed_aside(self) -> None:
+        """Who closes or flushes the file may have written into the host's file."""
+        self.catch_up()
+        self._bottom().changed_aside()
+
+    def _bottom(self) -> Node:
+        node = self.node
+        while (child := node.primary_child) is not None:
+            node = child.node
+        return node
+
     def attr(self) -> Attr:
         """What ``stat`` shows."""
-        driver = self.node.driver
+        self.catch_up()
+        driver = self.node.entrance.driver
         length = driver.length
         allocated = driver.allocated_bytes()
         return Attr(
@@ -89,31 +178,22 @@ class NodeFile:
     def set_mode(self, mode: int) -> None:
         self._mode = mode & 0o7777
 
+    def touch(self) -> None:
+        """The content has changed just now."""
+        self.mtime_ns = self.ctime_ns = time.time_ns()
+
 
 class OpenFile:
-    """One open(2) of a node's file: an edge into the graph."""
+    """One open(2) of a node's file, which enters the graph by *root*, and is used as *access* says."""
 
-    __slots__ = ("_growing", "file", "graph", "root", "writable", "write_flags")
+    __slots__ = ("access", "file", "root", "writable", "write_flags")
 
-    def __init__(self, graph: Graph, file: NodeFile, flags: int) -> None:
-        self.graph = graph
+    def __init__(self, file: NodeFile, root: Root, flags: int, access: Access) -> None:
         self.file = file
-        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.write_flags = FUA if flags & os.O_DSYNC else 0
-        self._growing = 0
-        perm = Perm.CONSISTENT_READ
-        if self.writable:
-            if file.read_only:
-                raise FuseError(errno.EROFS)
-            perm |= Perm.WRITE
-            driver = file.node.driver
-            if driver.length % driver.limits.request_alignment:
-                perm |= Perm.RESIZE  # what is written to the last block may reach past the end
-        self.root = graph.attach_root(file.node, "an open file", perm)
-
-    async def close(self) -> None:
-        """Wait for what is under way, and let go of the node."""
-        await self.graph.detach_root(self.root)
+        self.root = root
+        self.access = access
+        self.writable = access.writable
+        self.write_flags = FUA if flags & os.O_DSYNC or file.writethrough else 0
 
     @property
     def length(self) -> int:
@@ -122,24 +202,33 @@ class OpenFile:
     async def flush(self) -> None:
         """Make what was written durable; a file that cannot be written has nothing to flush."""
         if self.writable:
+            if self.access.passed:
+                self.file.changed_aside()
             await self.root.flush()
 
     @asynccontextmanager
     async def _may_resize(self) -> AsyncIterator[None]:
-        """Resizing is shared only while it happens, so that it keeps nobody else away from the node."""
-        root = self.root
-        if root.perm & Perm.RESIZE and not self._growing:
-            yield
-            return
-        if not self._growing:
-            self.graph.set_root_perms(root, root.perm | Perm.RESIZE, root.shared)
-        self._growing += 1
+        """Resizing is taken only while it happens, so that it keeps nobody else away from the node."""
+        file, needs = self.file, Needs(Perm.RESIZE)
+        file.entry.take(needs)
+        try:
+            with self._resizing():
+                yield
+        finally:
+            file.entry.loosen(needs)
+
+    @contextmanager
+    def _resizing(self) -> Iterator[None]:
+        """The length changes because the kernel asks for it, which needs no notice then, unless it fails."""
+        file = self.file
+        file.resizing += 1
         try:
             yield
+        except BaseException:
+            file.told_length = -1  # where it was a part that failed
+            raise
         finally:
-            self._growing -= 1
-            if not self._growing:
-                self.graph.set_root_perms(root, root.perm & ~Perm.RESIZE, root.shared)
+            file.resizing -= 1
 
     async def truncate(self, length: int) -> None:
         """Give the node *length* bytes.  EACCES through a file that is not open for writing."""
@@ -147,6 +236,17 @@ class OpenFile:
             raise FuseError(errno.EACCES)
         async with self._may_resize():
             await self.root.truncate(length, exact=True)
+        self.file.touch()
+
+    async def grow(self, length: int) -> None:
+        """Make the node at least *length* bytes long, for a write that ends there.
+
+        One at a time: of two writes past the end, the shorter one must not cut off the longer one.
+        """
+        async with self.file.growing:
+            if length > self.length:
+                with self._resizing():
+                    await self.root.truncate(length, exact=True)
 
     # -- fallocate ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from fusebd.block.buffers import BufferPool
+from fusebd.block.caller import current_request
 from fusebd.errors import FuseError
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Opened",
     "Statfs",
     "Transport",
+    "current_request",
 ]
 
 #: inode number of the root (FUSE_ROOT_ID)
@@ -144,10 +146,11 @@ class FileSystem(ABC):
         """
 
     @abstractmethod
-    async def write(self, fh: int, offset: int, buf: memoryview) -> int:
+    async def write(self, fh: int, offset: int, buf: memoryview, held_back: int = 0) -> int:
         """Write *buf* at byte *offset*; return how many bytes were: fewer only at the end of the file.
 
-        *buf* must stay as it is until this returns.
+        *buf* must stay as it is until this returns.  *held_back*, if that is known: it comes from the page cache some
+        time after somebody wrote it, nobody cares for how much was written, and *fh* is any that can write.
         """
 
     @abstractmethod
@@ -202,8 +205,15 @@ class Transport(Protocol):
     """
 
     #: what callers can do through this transport, beyond reading and writing: "fallocate", "lseek",
-    #: "copy_file_range", "shared-mmap", "parallel-writes", "notify", "passthrough"; complete once ``serve`` has started
+    #: "copy_file_range", "shared-mmap", "parallel-writes", "notify", "passthrough", "writeback"; complete once
+    #: ``serve`` has started
     capabilities: frozenset[str]
+
+    def why_not(self, capability: str) -> str:
+        """Why *capability* is not among them."""
+
+    def try_backing(self, descriptor: int) -> None:
+        """Raise NotSupported, with the reason, if files cannot be passed through to *descriptor*."""
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer requests until the mount is gone; ``started`` once they are taken.
@@ -217,8 +227,14 @@ class Transport(Protocol):
     # The kernel may need an answer from us before it finishes one of these: they only ask for it and return at once.
     # What the kernel has not cached, or answers with an error, is ignored.
 
-    def notify_inval_inode(self, ino: int) -> None:
-        """Have the kernel forget what it caches of *ino*: attributes and pages."""
+    def notify_inval_inode(self, ino: int, offset: int = 0, length: int = 0) -> None:
+        """Have the kernel forget what it caches of *ino*: attributes, and pages with any of *length* bytes at *offset*.
+
+        A length of 0 goes to the end; with a negative offset, the pages stay.
+        """
+
+    async def wait_notified(self) -> bool:
+        """Wait until the kernel has done what it was told to up to now; whether nothing else was told meanwhile."""
 
     def notify_inval_entry(self, parent: int, name: bytes) -> None:
         """Have the kernel look up *name* again."""

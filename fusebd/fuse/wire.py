@@ -137,6 +137,8 @@ class Fattr(enum.IntFlag):
 
 
 FSYNC_FDATASYNC = 1
+#: a write of what the page cache has held back, through any file that is open for writing (FUSE_WRITE_CACHE)
+WRITE_CACHE = 1
 #: STATX_BASIC_STATS
 STATX_BASIC = 0x7FF
 
@@ -195,9 +197,9 @@ class OutHeader(NamedTuple):
 IN_HEADER = Layout("IIQQIIIH2x", InHeader)
 OUT_HEADER = Layout("IiQ", OutHeader)
 
-#: A read or write request in one piece: len, opcode, unique, nodeid, fh, offset, size.  The two have the same layout
-#: and are what the fast path is for.  Before other requests are looked at, only the first four count.
-IO_REQUEST = Struct("=IIQQ16xQQI20x")
+#: A read or write request in one piece: len, opcode, unique, nodeid, fh, offset, size, flags.  The two have the same
+#: layout and are what the fast path is for.  Before other requests are looked at, only the first four count.
+IO_REQUEST = Struct("=IIQQ16xQQII16x")
 
 
 def decode_header(message: memoryview) -> tuple[InHeader, memoryview]:
@@ -606,9 +608,9 @@ def encode_notify(code: Notify, payload: bytes) -> bytes:
     return OUT_HEADER.encode(OUT_HEADER.size + len(payload), code, 0) + payload
 
 
-def encode_inval_inode(ino: int) -> bytes:
-    """Forget attributes and all pages (a negative offset would be: attributes alone)."""
-    return encode_notify(Notify.INVAL_INODE, _INVAL_INODE_OUT.pack(ino, 0, 0))
+def encode_inval_inode(ino: int, offset: int = 0, length: int = 0) -> bytes:
+    """Forget attributes, and the pages in a range (length 0: to the end; a negative offset: none)."""
+    return encode_notify(Notify.INVAL_INODE, _INVAL_INODE_OUT.pack(ino, offset, length))
 
 
 def encode_inval_entry(parent: int, name: bytes) -> bytes:

@@ -383,6 +383,20 @@ def test_invalidation_while_the_kernel_has_dirty_pages(mount: Callable[..., Moun
     os.close(descriptor)
 
 
+def test_a_length_in_a_mount_that_writes_back_is_the_one_that_a_setattr_is_answered(
+    mount: Callable[..., Mounted],
+) -> None:
+    toy = mount("--writeback")
+    assert "writeback" in toy("capabilities")
+    assert "passthrough" not in toy("capabilities")
+    descriptor = os.open(toy / "cached", os.O_RDWR | os.O_TRUNC)
+    assert toy("last", "setattr")[1] == -1
+    assert os.fstat(descriptor).st_size == 0
+    toy("resize", "cached", 12345)
+    assert os.fstat(descriptor).st_size == 0
+    os.close(descriptor)
+
+
 def test_passthrough_does_without_the_server(mount: Callable[..., Mounted], tmp_path: Path) -> None:
     backing = tmp_path / "backing"
     backing.write_bytes(b"b" * SIZE)

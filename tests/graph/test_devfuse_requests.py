@@ -100,6 +100,13 @@ async def test_read_and_write(kernel: Kernel) -> None:
     assert await kernel(Opcode.READ, rw(DATA, 9, 5)) == (0, b"\0abc\0")
 
 
+async def test_what_the_page_cache_held_back_is_told_apart(kernel: Kernel) -> None:
+    for flags, held_back in ((0, 0), (wire.WRITE_CACHE, 1), (4, 0)):
+        request = wire.READ_IN.encode(DATA, 10, 3, flags, 0, 0)
+        assert await kernel(Opcode.WRITE, request + b"abc") == (0, struct.pack("=I4x", 3))
+        assert kernel.toy.held_back == held_back
+
+
 async def test_read_past_the_end_is_short(kernel: Kernel) -> None:
     code, payload = await kernel(Opcode.READ, rw(DATA, SIZE - 2, 100))
     assert (code, len(payload)) == (0, 2)
@@ -367,10 +374,11 @@ async def test_cancelled_server_cancels_requests_under_way(unserved: Kernel) -> 
     ("notify", "message"),
     [
         (lambda transport: transport.notify_inval_inode(2), wire.encode_inval_inode(2)),
+        (lambda transport: transport.notify_inval_inode(2, 512, 7), wire.encode_inval_inode(2, 512, 7)),
         (lambda transport: transport.notify_inval_entry(1, b"x"), wire.encode_inval_entry(1, b"x")),
         (lambda transport: transport.notify_delete(1, 2, b"x"), wire.encode_delete(1, 2, b"x")),
     ],
-    ids=["inval_inode", "inval_entry", "delete"],
+    ids=["inval_inode", "inval_range", "inval_entry", "delete"],
 )
 async def test_notification_is_sent_once(
     kernel: Kernel, notify: Callable[[DevfuseTransport], None], message: bytes
@@ -386,4 +394,4 @@ async def test_notification_after_the_end_is_ignored(kernel: Kernel) -> None:
     kernel.end()
     await trio.testing.wait_all_tasks_blocked()
     kernel.transport.notify_inval_inode(2)
-    assert not kernel.transport._notices
+    assert await kernel.transport.wait_notified()

@@ -384,6 +384,14 @@ def test_passthrough_gives_way_to_writeback() -> None:
             "28000000 02000000 0000000000000000 0200000000000000 0000000000000000 0000000000000000",
         ),
         (
+            wire.encode_inval_inode(2, 4096, 512),
+            "28000000 02000000 0000000000000000 0200000000000000 0010000000000000 0002000000000000",
+        ),
+        (
+            wire.encode_inval_inode(2, -1),
+            "28000000 02000000 0000000000000000 0200000000000000 ffffffffffffffff 0000000000000000",
+        ),
+        (
             wire.encode_inval_entry(1, b"abc"),
             "24000000 03000000 0000000000000000 0100000000000000 03000000 00000000 61626300",
         ),
@@ -416,6 +424,13 @@ def test_statx_says_what_stat_says() -> None:
     assert (mode, ino, size, blocks) == (ATTR.mode, 2, ATTR.size, 8)
     times = struct.unpack_from("=qI4xqI4xqI4xqI4x", answer, 32 + 64)
     assert times == (1, 2, 0, 0, 3, 999_999_999, -1, 999_999_999)
+
+
+def test_the_fast_path_sees_what_the_structures_say() -> None:
+    body = wire.READ_IN.encode(7, 4096, 512, wire.WRITE_CACHE, 1 << 40, 2)
+    message = wire.IN_HEADER.struct.pack(80 + 512, wire.Opcode.WRITE, 9, 2, 0, 0, 0, 0) + body
+    assert wire.IO_REQUEST.unpack_from(message) == (80 + 512, wire.Opcode.WRITE, 9, 2, 7, 4096, 512, 1)
+    assert wire.IO_REQUEST.size == len(message)
 
 
 def entries() -> list[DirEntry]:
