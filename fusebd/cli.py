@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import NoReturn, get_args
 
 from fusebd import __version__
+from fusebd.block.cachemode import CACHE_MODES
 from fusebd.errors import FusebdError, UsageError
-from fusebd.settings import LogLevel, MountSettings, TextBlockdev, TransportName, qmp_address
+from fusebd.settings import LogLevel, MountSettings, TextBlockdev, TextObject, TransportName, cache_choice, qmp_address
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,17 +34,20 @@ def _mount_parser() -> _Parser:
         prog="fusebd mount",
         allow_abbrev=False,
         description="Mount a directory in which every named block node is a file.",
-        epilog="--blockdev help lists the drivers, --blockdev driver=NAME,help the options of one.",
+        epilog="--blockdev help lists the drivers, --blockdev driver=NAME,help the options of one; "
+        "--object help and --object TYPE,help likewise.",
     )
     add = parser.add_argument
     add("mountpoint", metavar="MOUNTPOINT", nargs="?", help="an empty directory; with --config: only this one of FILE")
     add("--blockdev", metavar="OPTS", action="append", default=[], help="add a node: JSON, or key=value,...")
+    add("--object", metavar="OPTS", action="append", default=[], help="add an object that nodes refer to, likewise")
     add("--config", metavar="FILE", help="take mount points and nodes from FILE (see mountpoints.example)")
     add("--qmp", metavar="ADDRESS", action="append", default=[], help="QMP on unix:PATH or HOST:PORT too")
     add("--foreground", action="store_true", help="stay, and log to standard error; --qmp stdio is possible then")
     add("--transport", choices=get_args(TransportName), help="how requests come from the kernel (default: auto)")
     add("--read-only", action="store_true", help="mount read-only")
     add("--allow-other", action="store_true", help="let other users in, too")
+    add("--cache", metavar="NODE=MODE", action="append", default=[], help=f"NODE's file: {', '.join(CACHE_MODES)}")
     add("--log-level", choices=get_args(LogLevel), help="what is logged (default: info)")
     add("--log-file", metavar="FILE", help="log to FILE")
     return parser
@@ -51,10 +55,12 @@ def _mount_parser() -> _Parser:
 
 def _mount(arguments: Sequence[str]) -> int:
     parsed = _mount_parser().parse_args(arguments)
-    for text in parsed.blockdev:
-        items = [] if text.startswith("{") else text.split(",")
-        if "help" in items or "?" in items:
-            return _list_options([item for item in items if item not in ("help", "?")])
+    for texts, list_options in ((parsed.object, _list_object_options), (parsed.blockdev, _list_options)):
+        for text in texts:
+            # a doubled comma is part of a value
+            items = [] if text.startswith("{") else text.replace(",,", "").split(",")
+            if "help" in items or "?" in items:
+                return list_options([item for item in items if item not in ("help", "?")])
     mounts = _mounts(parsed)
     if parsed.foreground:
         from fusebd.run import run_foreground
@@ -72,6 +78,8 @@ def _mount(arguments: Sequence[str]) -> int:
 def _mounts(parsed: argparse.Namespace) -> list[MountSettings]:
     """What is to be mounted, from the command line and the file that it names."""
     here = os.getcwd()
+    if parsed.mountpoint == "":
+        raise UsageError("MOUNTPOINT is empty")
     mountpoint = None if parsed.mountpoint is None else os.path.realpath(parsed.mountpoint)
     if parsed.config is None:
         if mountpoint is None:
@@ -85,16 +93,18 @@ def _mounts(parsed: argparse.Namespace) -> list[MountSettings]:
             mounts = [settings for settings in mounts if settings.mountpoint == mountpoint]
             if not mounts:
                 raise UsageError(f"{parsed.config}: it has no mount point '{parsed.mountpoint}'")
-    for option in ("blockdev", "qmp", "foreground"):
+    for option in ("object", "blockdev", "cache", "qmp", "foreground"):
         if len(mounts) > 1 and getattr(parsed, option):
             raise UsageError(f"--{option} is for one mount point, and {parsed.config} has {len(mounts)}: name one")
     for settings in mounts:
+        settings.objects += [TextObject(text) for text in parsed.object]
         settings.blockdevs += [TextBlockdev(text) for text in parsed.blockdev]
         settings.qmp += [qmp_address(text, here, stdio=parsed.foreground) for text in parsed.qmp]
         settings.foreground = parsed.foreground
         settings.transport = parsed.transport or settings.transport
         settings.read_only |= parsed.read_only
         settings.allow_other |= parsed.allow_other
+        settings.caches |= dict(map(cache_choice, parsed.cache))
         settings.log_level = parsed.log_level or settings.log_level
         if parsed.log_file is not None:
             settings.log_file = os.path.join(here, parsed.log_file)
@@ -112,6 +122,21 @@ def _list_options(items: list[str]) -> int:
         return 0
     driver = driver_class(names[0])
     _print(f"Options of the driver {names[0]}:", describe(driver.options_class))
+    return 0
+
+
+def _list_object_options(items: list[str]) -> int:
+    """Print the options of the type of object that *items* (``qom-type=TYPE``, or TYPE) ask about, or the types."""
+    from fusebd.block.objects import OBJECT_TYPES
+    from fusebd.block.options import describe
+
+    names = [item.removeprefix("qom-type=") for item in items if item.startswith("qom-type=") or "=" not in item]
+    if not names:
+        _print("Objects:", *(f"  {name}" for name in OBJECT_TYPES))
+    elif names[0] not in OBJECT_TYPES:
+        raise UsageError(f"there is no object type '{names[0]}' (see fusebd mount --object help)")
+    else:
+        _print(f"Options of {names[0]}:", describe(OBJECT_TYPES[names[0]].options_class))
     return 0
 
 
@@ -144,14 +169,19 @@ def _qmp(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("where", metavar="MOUNTPOINT|ADDRESS", help="a mount point, unix:PATH or HOST:PORT")
     parser.add_argument("command", metavar="COMMAND")
-    parser.add_argument(
-        "words", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="key=value, or all arguments as a JSON object"
+    words = parser.add_argument(
+        "words",
+        metavar="ARGUMENT",
+        nargs=argparse.REMAINDER,
+        help="key=value, key:=JSON, or all arguments as one JSON object",
     )
+    words.required = False  # for the message that says what is missing
     parsed = parser.parse_args(arguments)
     address = _qmp_server(parsed.where)
     from fusebd.qmp.client import run
 
-    return run(address, parsed.command, parsed.words)
+    run(address, parsed.command, parsed.words)
+    return 0
 
 
 def _qmp_server(where: str) -> str:
@@ -165,6 +195,208 @@ def _qmp_server(where: str) -> str:
     if not os.path.exists(place.socket):
         raise UsageError(f"{place.mountpoint}: not mounted by fusebd")
     return f"unix:{place.socket}"
+
+
+def _on_node(command: str, description: str) -> Callable[[Sequence[str]], int]:
+    """A subcommand that runs the QMP *command* on the node whose file is named."""
+
+    def run_command(arguments: Sequence[str]) -> int:
+        parser = _Parser(prog=f"fusebd {command}", allow_abbrev=False, description=description)
+        parser.add_argument("file", metavar="NODE-FILE", help="the file of the node, in its mount point")
+        parser.add_argument("words", metavar="KEY=VALUE", nargs="*", help="arguments of the QMP command")
+        parsed = parser.parse_args(arguments)
+        address, node_name = _node(parsed.file)
+        from fusebd.qmp.client import run
+
+        run(address, command, [f"node-name={node_name}", *parsed.words])
+        return 0
+
+    return run_command
+
+
+def _node(file: str) -> tuple[str, str]:
+    """The address of the daemon that serves the node *file*, and the name of the node."""
+    mountpoint, name = os.path.split(os.path.abspath(file))
+    return _qmp_server(mountpoint), name
+
+
+# --- log -----------------------------------------------------------------------------------------
+
+
+def _log(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="fusebd log",
+        allow_abbrev=False,
+        description="Set marks in the log that a blklogwrites node writes, and list and replay such logs.",
+        epilog="The logs are those of the kernel's dm-log-writes, the options those of xfstests' replay-log.",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    summary = "set a mark in the log of a node, or of one below it"
+    mark = actions.add_parser("mark", allow_abbrev=False, help=summary, description=summary)
+    mark.add_argument("where", metavar="MOUNTPOINT|ADDRESS", help="a mount point, unix:PATH or HOST:PORT")
+    mark.add_argument("node_name", metavar="NODE")
+    mark.add_argument("text", metavar="TEXT")
+    summary = "print the entries of a log: number, kind, place in bytes"
+    listing = actions.add_parser("list", allow_abbrev=False, help=summary, description=summary)
+    listing.add_argument("--find", action="store_true", help="print the last entry alone: NUMBER@SECTOR of the log")
+    listing.add_argument("--num-entries", action="store_true", help="print how many entries there are")
+    summary = "write what is in a log to a file or block device that is as the node was when the log began"
+    replaying = actions.add_parser("replay", allow_abbrev=False, help=summary, description=summary)
+    replaying.add_argument("--no-discard", action="store_true", help="leave what was discarded as it is")
+    for action in (listing, replaying):
+        action.add_argument("log", metavar="LOG")
+        start = action.add_mutually_exclusive_group()
+        start.add_argument("--start-entry", metavar="N", type=_number, default=0, help="begin with entry N (from 0)")
+        start.add_argument("--start-mark", metavar="TEXT", help="begin behind the mark TEXT")
+        action.add_argument("--limit", metavar="N", type=_number, default=0, help="end after N entries")
+        action.add_argument("--end-mark", metavar="TEXT", help="end with the mark TEXT")
+        action.add_argument("--next-flush", action="store_true", help="end with the next flush")
+        action.add_argument("--next-fua", action="store_true", help="end with the next write with FUA")
+    replaying.add_argument("target", metavar="TARGET", help="what to replay onto")
+    parsed = parser.parse_args(arguments)
+    if parsed.action == "mark":
+        address = _qmp_server(parsed.where)
+        from fusebd.qmp.client import run
+
+        run(address, "blklogwrites-mark", [f"node-name={parsed.node_name}", f"mark={parsed.text}"])
+        return 0
+    return _read_log(parsed)
+
+
+def _number(text: str) -> int:
+    """*text*, a number that is not negative: decimal, or 0x and hexadecimal."""
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of entries")
+    return number
+
+
+def _read_log(parsed: argparse.Namespace) -> int:
+    from fusebd.faults.writelog import Selection, WriteLog, find, listing, replay
+    from fusebd.ondisk.logwrites import FLUSH, FUA
+
+    selection = Selection(
+        start_entry=parsed.start_entry,
+        start_mark=parsed.start_mark,
+        limit=parsed.limit,
+        end_mark=parsed.end_mark,
+        stop_flags=(FLUSH if parsed.next_flush else 0) | (FUA if parsed.next_fua else 0),
+    )
+    with WriteLog(parsed.log) as log:
+        if parsed.action == "replay":
+            _print(f"{replay(log, parsed.target, selection, discard=not parsed.no_discard)} entries replayed")
+        elif parsed.num_entries:
+            _print(str(log.nr_entries))
+        elif parsed.find:
+            if not selection.ends:
+                raise UsageError("--find goes with one of --limit, --end-mark, --next-flush, --next-fua")
+            entry = find(log, selection)
+            _print(f"{entry.number}@{entry.end // log.sector_size}")
+        else:
+            for line in listing(log, selection):
+                _print(line)
+    return 0
+
+
+# --- storage-daemon ------------------------------------------------------------------------------
+
+
+def _storage_daemon(arguments: Sequence[str]) -> int:
+    from fusebd.storagedaemon import main
+
+    return main(arguments)
+
+
+# --- fault ---------------------------------------------------------------------------------------
+
+
+def _fault(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="fusebd fault",
+        allow_abbrev=False,
+        description="Have requests of a node fail, wait or go wrong by rules, while it is in use.",
+        epilog="Example: fusebd fault add mnt disk action=error errno=ENOSPC operations=write every=10",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+
+    def action(name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        made = actions.add_parser(name, allow_abbrev=False, help=summary, description=summary, epilog=epilog)
+        made.add_argument("where", metavar="MOUNTPOINT|ADDRESS", help="a mount point, unix:PATH or HOST:PORT")
+        made.add_argument("node_name", metavar="NODE")
+        return made
+
+    add = action(
+        "add",
+        "add a rule, and print what it is called; a node without a fault filter gets one",
+        "key=value, key:=JSON, or the whole rule as one JSON object; fusebd mount --blockdev fault,help lists the "
+        "members of rules.  Several operations are separated by commas; with a mount point, target=ext4:journal and "
+        "whatever else fusebd targets knows stands for the ranges where that is.",
+    )
+    add.add_argument("words", metavar="KEY=VALUE", nargs="+", help="what the rule says")
+    listing = action("list", "print the rules and what they have done, damage, and requests that hang")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    remove = action("remove", "take rules away; the damage that they have done stays")
+    remove.add_argument("ids", metavar="ID", nargs="*", help="a rule")
+    remove.add_argument("--all", action="store_true", help="take the filter away, with its rules and all damage")
+    heal = action("heal", "undo damage: flipped bits and bad sectors")
+    heal.add_argument("words", metavar="KEY=VALUE", nargs="*", help="id=RULE, offset=BYTE, length=BYTES: only that")
+    release = action("release", "let requests go on that hang")
+    release.add_argument("words", metavar="KEY=VALUE", nargs="*", help="id=RULE, request=NUMBER: only those")
+    parsed = parser.parse_args(arguments)
+    address, name = _qmp_server(parsed.where), parsed.node_name
+    from fusebd.qmp import faultclient
+
+    if parsed.action == "add":
+        path = os.path.join(parsed.where, name) if os.path.isdir(parsed.where) else None
+        _print(faultclient.add(address, name, parsed.words, path))
+    elif parsed.action == "list":
+        _print(*faultclient.listing(address, name, as_json=parsed.json))
+    elif parsed.action == "remove":
+        if bool(parsed.ids) is parsed.all:
+            raise UsageError("name the rules to remove, or say --all (see fusebd fault remove --help)")
+        faultclient.remove(address, name, parsed.ids)
+    else:
+        _print(faultclient.carry_out(address, f"fault-{parsed.action}", name, parsed.words))
+    return 0
+
+
+# --- targets ---------------------------------------------------------------------------------------
+
+
+def _targets(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="fusebd targets",
+        allow_abbrev=False,
+        description="List the structures that a file system, partition table or qcow2 image has, or print where "
+        "one of them is: start and length in bytes of PATH.",
+        epilog="Examples: fusebd targets disk.img ext4:journal; "
+        "fusebd targets --sectors mnt/disk gpt:partition=1/xfs:file=/etc/passwd",
+    )
+    parser.add_argument("path", metavar="PATH", help="an image, a block device, a node of a mount")
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="a name that the list has; without it: the list")
+    parser.add_argument("--sectors", action="store_true", help="in sectors of 512 bytes: those that it takes a part of")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parsed = parser.parse_args(arguments)
+    import json
+
+    from fusebd.faults.targets import find, in_sectors, names
+
+    if parsed.target is None:
+        found = names(parsed.path)
+        width = max(map(len, found))
+        lines = [f"{name:<{width}}  {summary}" for name, summary in found.items()]
+        listing: object = [{"name": name, "description": summary} for name, summary in found.items()]
+    else:
+        ranges = find(parsed.path, parsed.target)
+        if parsed.sectors:
+            ranges = in_sectors(ranges)
+        lines = [f"{start} {length}" for start, length in ranges]
+        listing = [{"start": start, "length": length} for start, length in ranges]
+    _print(json.dumps(listing) if parsed.json else "\n".join(lines))
+    return 0
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -182,11 +414,25 @@ COMMANDS = {
     "mount": Command("mount block nodes as files in a directory", _mount),
     "umount": Command("flush, unmount, and wait for the daemon's end", _umount),
     "qmp": Command("run one QMP command", _qmp),
+    "power-cut": Command(
+        "cut the power of a node with a volatile cache",
+        _on_node(
+            "power-cut", "Drop a part of what is in the volatile cache of a node, and fail its requests from then on."
+        ),
+    ),
+    "power-on": Command(
+        "switch it on again",
+        _on_node("power-on", "Serve the requests of a node again after a power cut."),
+    ),
+    "log": Command("marks in write logs, and replaying them", _log),
+    "fault": Command("faults of a node: add, list and remove rules, heal, release", _fault),
+    "targets": Command("name the structures of an image, and say where they are", _targets),
+    "storage-daemon": Command("qemu-storage-daemon's command line", _storage_daemon),
 }
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15} {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: fusebd COMMAND ...\n"
         "       fusebd --help | --version\n\n"
@@ -232,4 +478,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read the output has gone; nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        # The host's refusal is no bug of fusebd's: the working directory is gone, a disk is full.
+        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
         return 1

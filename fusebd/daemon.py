@@ -57,31 +57,50 @@ def start(run: Callable[[Ready], int], log_path: str) -> Daemon:
     """Run *run* in a new daemon whose standard output and error go to *log_path*, and return at once.
 
     *run* gets a function to call when it serves; its result is the daemon's exit status.  A FusebdError that it
-    raises before is what the parent's ``wait_ready`` gets to hear.  Raises OpenError if the log cannot be written.
+    raises before is what the parent's ``wait_ready`` gets to hear.  Raises OpenError if the log cannot be written, or
+    the host has no process to give.
     """
+    null = _open_null()
     try:
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise OpenError.from_os(f"Could not open '{log_path}'", error) from None
     reading, writing = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        raise OpenError.from_os("Could not start a daemon", error) from None
     if pid:
+        os.close(null)
         os.close(log)
         os.close(writing)
         return Daemon(pid, reading)
     status = 1
     try:
-        _detach(log, writing)
+        _detach(null, log, writing)
         status = _run(run, writing)
     finally:
         # never back into the parent's code, whatever happened
         os._exit(status)
 
 
-def _detach(log: int, keep: int) -> None:
+def _open_null() -> int:
+    """/dev/null, on a descriptor that is none of the three standard ones: the caller may have closed those.
+
+    What is opened after it is none of them either.  Raises OpenError.
+    """
+    while True:
+        try:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+        except OSError as error:
+            raise OpenError.from_os(f"Could not open '{os.devnull}'", error) from None
+        if descriptor > 2:
+            return descriptor
+
+
+def _detach(null: int, log: int, keep: int) -> None:
     """Leave the terminal and every descriptor of the caller's, but for *keep*."""
     os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)

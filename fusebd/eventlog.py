@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from fusebd.block.graph import Graph
+from fusebd.block.quiet import Quiet
 
 log = logging.getLogger(__name__)
 
-#: seconds for which failures of the same kind on the same node are counted instead of logged one by one
-QUIET_PERIOD = 1.0
+#: events that can come with every request -> the members of their data that tell apart what they are about
+_FREQUENT = {
+    "BLKVERIFY_MISMATCH": ("node-name",),
+    "QUORUM_FAILURE": ("reference",),
+    "QUORUM_REPORT_BAD": ("node-name", "type", "error"),
+}
+#: events that tell of no trouble
+_UNEVENTFUL = frozenset({"BLKDEBUG_BREAK", "BLOCK_EXPORT_DELETED", "FAULT_INJECTED"})
 
 
 class EventLog:
@@ -20,7 +26,7 @@ class EventLog:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._names: set[str] = set()
-        self._failures: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._quiet = Quiet()
         graph.node_listeners.append(self._nodes_changed)
         graph.event_listeners.append(self._event)
 
@@ -37,17 +43,17 @@ class EventLog:
     def _event(self, event: str, data: dict[str, Any]) -> None:
         if event == "BLOCK_IO_ERROR":
             self._io_error(data)
-        else:
-            log.warning("%s %s", event, data)
+            return
+        more: str | None = ""
+        if event in _FREQUENT:
+            more = self._quiet.admit(event, *(str(data.get(member)) for member in _FREQUENT[event]))
+        if more is not None:
+            details = " ".join(f"{name}={value}" for name, value in data.items())
+            log.log(logging.INFO if event in _UNEVENTFUL else logging.WARNING, "%s: %s%s", event, details, more)
 
     def _io_error(self, data: dict[str, Any]) -> None:
-        """One line for a failure, but at most one a period for each kind: a failing disk is asked again and again."""
+        """One line for a failure, but few for each kind: a failing disk is asked again and again."""
         kind = data["node-name"], data["operation"], data["reason"]
-        now = time.monotonic()
-        since, left_out = self._failures.get(kind, (-QUIET_PERIOD, 0))
-        if now - since < QUIET_PERIOD:
-            self._failures[kind] = since, left_out + 1
-            return
-        self._failures[kind] = now, 0
-        more = f" ({left_out} more since the last line)" if left_out else ""
-        log.warning("%s: %s failed: %s%s", *kind, more)
+        more = self._quiet.admit(*kind)
+        if more is not None:
+            log.warning("%s: %s failed: %s%s", *kind, more)

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import logging.handlers
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 
 from fusebd import daemon
-from fusebd.errors import FusebdError
+from fusebd.errors import FusebdError, OpenError
 from fusebd.runtime import Place, State
 from fusebd.settings import MountSettings
 
@@ -25,7 +26,7 @@ def run_foreground(settings: MountSettings) -> None:
     Raises FusebdError if it could not start, or did not end well.
     """
     file = settings.log_file
-    _start_logging(settings, logging.handlers.WatchedFileHandler(file) if file else logging.StreamHandler())
+    _start_logging(settings, _log_file(file) if file else logging.StreamHandler())
     failure = _serve(settings, Place(settings.mountpoint), file, lambda: None)
     if failure is not None:
         raise FusebdError(f"{settings.mountpoint}: {failure}")
@@ -54,13 +55,23 @@ def start_daemons(mounts: list[MountSettings]) -> list[str]:
 
 
 def _serve_as_daemon(settings: MountSettings, place: Place, log_path: str, ready: Callable[[], None]) -> int:
-    noticed = _start_logging(settings, logging.handlers.WatchedFileHandler(log_path))
-    failure = _serve(settings, place, log_path, ready)
-    logging.shutdown()
-    if failure is None and not noticed.anything and log_path == place.log:
-        # Nobody asked for this file, and there is nothing in it that somebody would look for.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(log_path)
+    noticed = _start_logging(settings, _log_file(log_path))
+
+    def leave() -> None:
+        logging.shutdown()
+        if not noticed.anything and log_path == place.log and not os.path.exists(place.state_path):
+            # Nobody asked for this file, and there is nothing in it that somebody would look for.  Where there is a
+            # state file, the log is that of another daemon, which serves the mount point.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(log_path)
+
+    try:
+        failure = _serve(settings, place, log_path, ready)
+    except FusebdError:  # the caller hears of it
+        leave()
+        raise
+    if failure is None:
+        leave()
     return 0 if failure is None else 1
 
 
@@ -73,6 +84,15 @@ class _Noticing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.anything = True
+
+
+def _log_file(path: str) -> logging.Handler:
+    """Raises OpenError."""
+    try:
+        # A path that is no UTF-8 is logged too.
+        return logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise OpenError.from_os(f"Could not open '{path}'", error) from None
 
 
 def _start_logging(settings: MountSettings, handler: logging.Handler) -> _Noticing:
@@ -88,9 +108,12 @@ def _serve(settings: MountSettings, place: Place, log_path: str | None, ready: C
     # Only now, after the fork: these are most of what there is to import.
     import trio
 
+    from fusebd.engine import SIGNALS
     from fusebd.serve import serve
 
     os.chdir(settings.directory)
+    # Whoever has a state file ends only when it is cleared away, or says why not: the engine takes signals meanwhile.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     file = place.claim()
     state = State(settings.mountpoint, os.getpid(), log_path)
     file.write(state)

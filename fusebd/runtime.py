@@ -70,10 +70,13 @@ class Place:
     def claim(self) -> StateFile:
         """Lock the state file for the daemon that calls this; a stale socket is removed.
 
-        Raises UsageError if another daemon serves the mount point.
+        Raises UsageError if another daemon serves the mount point, OpenError.
         """
         while True:
-            descriptor = os.open(self.state_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                descriptor = os.open(self.state_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise OpenError.from_os(f"Could not open '{self.state_path}'", error) from None
             file = StateFile(descriptor, self)
             if not file.try_lock():
                 state = file.read()

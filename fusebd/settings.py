@@ -7,17 +7,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fusebd.block.cachemode import CACHE_MODES, CacheMode
 from fusebd.errors import UsageError
 
 TransportName = Literal["auto", "devfuse", "pyfuse3"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class Blockdev:
-    """A node to add at the start: where it was asked for, and its options."""
+class Addition:
+    """Something to add at the start, a node or an object: where it was asked for, and its options."""
 
     def parse(self) -> Any:
-        """The options as blockdev-add's JSON object.  Raises OptionError."""
+        """The options as the JSON object of a blockdev-add or object-add.  Raises OptionError."""
         raise NotImplementedError
 
     def where(self, message: str) -> str:
@@ -25,7 +26,7 @@ class Blockdev:
         raise NotImplementedError
 
 
-class TextBlockdev(Blockdev):
+class TextBlockdev(Addition):
     """``--blockdev OPTS``: JSON, or ``key=value,...``."""
 
     def __init__(self, text: str) -> None:
@@ -40,6 +41,21 @@ class TextBlockdev(Blockdev):
         return f"--blockdev {self._text}"
 
 
+class TextObject(Addition):
+    """``--object OPTS``: JSON, or ``key=value,...``."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def parse(self) -> Any:
+        from fusebd.block.objects import parse_object_text
+
+        return parse_object_text(self._text)
+
+    def where(self, message: str) -> str:
+        return f"--object {self._text}"
+
+
 @dataclass
 class MountSettings:
     """One mount point and everything about it.
@@ -49,15 +65,26 @@ class MountSettings:
     """
 
     mountpoint: str
-    blockdevs: list[Blockdev] = field(default_factory=list)
+    objects: list[Addition] = field(default_factory=list)
+    blockdevs: list[Addition] = field(default_factory=list)
     qmp: list[str] = field(default_factory=list)
     foreground: bool = False
     transport: TransportName = "auto"
     read_only: bool = False
     allow_other: bool = False
+    caches: dict[str, CacheMode] = field(default_factory=dict)
     log_level: LogLevel = "info"
     log_file: str | None = None
     directory: str = "."
+
+
+def cache_choice(text: str) -> tuple[str, CacheMode]:
+    """The node-name and the mode of ``NODE=MODE``.  Raises UsageError."""
+    name, _, mode = text.partition("=")
+    for known in CACHE_MODES:
+        if name and mode == known:
+            return name, known
+    raise UsageError(f"Invalid cache mode '{text}', expected: NODE={'|'.join(CACHE_MODES)}")
 
 
 def qmp_address(text: str, directory: str, *, stdio: bool = False) -> str:
@@ -65,7 +92,9 @@ def qmp_address(text: str, directory: str, *, stdio: bool = False) -> str:
 
     Raises UsageError.
     """
-    if text == "stdio" and stdio:
+    if text == "stdio":
+        if not stdio:
+            raise UsageError("The QMP address 'stdio' is for a mount in the foreground")
         return text
     if text.startswith("unix:") and len(text) > len("unix:"):
         return "unix:" + os.path.join(directory, text.removeprefix("unix:"))

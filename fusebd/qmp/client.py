@@ -1,7 +1,7 @@
 """One QMP command from the shell: ``fusebd qmp ADDRESS COMMAND [KEY=VALUE | KEY:=JSON | JSON]...``
 
-``key=value`` is a string, or what the command's (for blockdev-add, the drivers') declaration makes of it; keys may be
-dotted.  ``key:=JSON`` is taken as it stands.  One word that is a JSON object has all arguments.
+``key=value`` is a string, or what the command's declaration makes of it (for blockdev-add the driver's, for object-add
+the type's); keys may be dotted.  ``key:=JSON`` is taken as it stands.  One word that is a JSON object has them all.
 The conversation itself is qemu.qmp's, which is imported only when there is something to say.
 """
 
@@ -14,25 +14,26 @@ import os
 import sys
 
 from fusebd.block.driver import type_blockdev
+from fusebd.block.objects import type_object
 from fusebd.block.options import Json, declared_options, tree_from_dotted, type_keyval
 from fusebd.block.qjson import loads
-from fusebd.errors import CommandError, FusebdError, OpenError, OptionError
+from fusebd.errors import CommandError, OpenError, OptionError
 from fusebd.qmp.commands import COMMANDS
 from fusebd.qmp.server import parse_host_port
 
 
-def run(address: str, command: str, words: list[str]) -> int:
+def run(address: str, command: str, words: list[str]) -> None:
     """Execute *command* with the arguments *words* on the daemon at *address*; print what it returns as JSON.
 
-    The result is an exit status: 1, with one line on stderr, if the command failed or could not be given.
+    Raises FusebdError if the command failed or could not be given.
     """
-    try:
-        returned = asyncio.run(_execute(address, command, parse_arguments(command, words)))
-    except FusebdError as error:
-        sys.stderr.write(f"fusebd qmp: {error}\n")
-        return 1
+    returned = execute(address, command, parse_arguments(command, words))
     sys.stdout.write(json.dumps(returned, indent=4) + "\n")
-    return 0
+
+
+def execute(address: str, command: str, arguments: dict[str, Json]) -> Json:
+    """Execute *command* on the daemon at *address*; what it returns.  Raises FusebdError."""
+    return asyncio.run(_execute(address, command, arguments))
 
 
 def parse_arguments(command: str, words: list[str]) -> dict[str, Json]:
@@ -53,6 +54,8 @@ def parse_arguments(command: str, words: list[str]) -> dict[str, Json]:
     tree = tree_from_dotted(flat)
     if command == "blockdev-add":
         return type_blockdev(tree)
+    if command == "object-add":
+        return type_object(tree)
     declared = COMMANDS.get(command)
     if declared is None or declared.arguments is None:
         return tree

@@ -5,18 +5,25 @@ Arguments and results: QEMU's qapi/block-core.json, qapi/control.json, qapi/misc
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Literal
 
+import trio
 from msgspec import UNSET, UnsetType
 
+from fusebd.block.graph import Graph
+from fusebd.block.membership import change_children
 from fusebd.block.options import Int, Json, OptionStruct
 from fusebd.errors import BlockIOError, CommandError, GraphError
-from fusebd.qmp import queries
+from fusebd.qmp import exports, filecaches, filters, objects, queries
+from fusebd.qmp.drivercommands import driver_commands
 from fusebd.qmp.monitor import version_info
 from fusebd.qmp.table import CommandTable, Context, NoArguments
 
-COMMANDS = CommandTable()
-command = COMMANDS.command
+_OWN = CommandTable()
+command = _OWN.command
 
 
 class Capabilities(OptionStruct, frozen=True, kw_only=True):
@@ -43,9 +50,33 @@ async def quit_daemon(context: Context, arguments: NoArguments) -> None:
     context.quit()
 
 
+#: for how long a node may still be in use by a file that was closed, in seconds
+_CLOSING = 0.1
+
+
+async def _retried(graph: Graph, attempt: Callable[[], Awaitable[object]]) -> None:
+    """Carry out *attempt*, and again if it finds a node in use that is not so a moment later.
+
+    The kernel says that a file was closed only after close() has returned, when its user may have come here already.
+    """
+    deadline = trio.current_time() + _CLOSING
+    while True:
+        users = set(graph.roots)
+        try:
+            await attempt()
+            return
+        except GraphError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            while users <= graph.roots:
+                if not users or trio.current_time() >= deadline:
+                    raise
+                await trio.sleep(_CLOSING / 100)
+
+
 @command("blockdev-add", None)
 async def blockdev_add(context: Context, arguments: dict[str, Json]) -> None:
-    await context.graph.blockdev_add(arguments)
+    await _retried(context.graph, partial(context.graph.blockdev_add, arguments))
 
 
 class NodeName(OptionStruct, frozen=True, kw_only=True):
@@ -54,7 +85,7 @@ class NodeName(OptionStruct, frozen=True, kw_only=True):
 
 @command("blockdev-del", NodeName)
 async def blockdev_del(context: Context, arguments: NodeName) -> None:
-    await context.graph.blockdev_del(arguments.node_name)
+    await _retried(context.graph, partial(context.graph.blockdev_del, arguments.node_name))
 
 
 class BlockResize(OptionStruct, frozen=True, kw_only=True):
@@ -75,6 +106,20 @@ async def block_resize(context: Context, arguments: BlockResize) -> None:
         await context.graph.block_resize(name, arguments.size)
     except BlockIOError as error:
         raise CommandError(error.reason) from error
+
+
+class XBlockdevChange(OptionStruct, frozen=True, kw_only=True):
+    parent: str
+    child: str | UnsetType = UNSET
+    node: str | UnsetType = UNSET
+
+
+@command("x-blockdev-change", XBlockdevChange)
+async def x_blockdev_change(context: Context, arguments: XBlockdevChange) -> None:
+    child = None if arguments.child is UNSET else str(arguments.child)
+    node = None if arguments.node is UNSET else str(arguments.node)
+    change = partial(change_children, context.graph, arguments.parent, child_name=child, node_name=node)
+    await _retried(context.graph, change)
 
 
 class QueryNamedBlockNodes(OptionStruct, frozen=True, kw_only=True):
@@ -103,3 +148,13 @@ async def query_blockstats(context: Context, arguments: QueryBlockstats) -> Json
 @command("x-debug-query-block-graph")
 async def x_debug_query_block_graph(context: Context, arguments: NoArguments) -> Json:
     return queries.block_graph(context.graph)
+
+
+COMMANDS = CommandTable(
+    _OWN,
+    exports.COMMANDS,
+    objects.COMMANDS,
+    filters.COMMANDS,
+    filecaches.COMMANDS,
+    more=driver_commands,
+)

@@ -18,6 +18,8 @@ from fusebd.block.options import Json
 from fusebd.block.perms import Perm, Role
 from fusebd.errors import OpenError
 
+#: QEMU's nodes have whole sectors of this many bytes; the last one of a file may be past its end
+_SECTOR = 512
 _NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 # Members of BlockDeviceStats that a node never counts: requests are not merged, refused unseen or appended to zones.
 _NEVER_COUNTED = {
@@ -136,17 +138,16 @@ def image_info(node: Node, *, flat: bool) -> dict[str, Json]:
     info: dict[str, Json] = {
         "filename": node_filename(node),
         "format": node.driver_name,
-        "virtual-size": driver.length,
+        "virtual-size": -(-driver.length // _SECTOR) * _SECTOR,
         **_inherited_info(node),
         **driver.format_info(),
     }
-    allocated = driver.allocated_bytes() if _has_actual_size(node) else None
-    if allocated is not None:
-        info["actual-size"] = allocated
+    if _has_actual_size(node):
+        info["actual-size"] = driver.allocated_bytes() or 0  # of a device, stat knows of no blocks
     backing_name = info.get("backing-filename")
     if backing_name and "full-backing-filename" not in info:
         with contextlib.suppress(OpenError):  # left out where the image has no directory
-            info["full-backing-filename"] = resolve_relative(backing_name, driver.filename)
+            info["full-backing-filename"] = resolve_relative(backing_name, node)
     below = _filtered_or_backing(node)
     if below is not None and not flat:
         info["backing-image"] = image_info(below.node, flat=False)

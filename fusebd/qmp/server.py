@@ -18,6 +18,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import trio
@@ -42,7 +43,8 @@ EVENT_QUEUE = 4096
 _READ_SIZE = 16384
 #: seconds that clients get to take what is still to be sent when the daemon ends
 _GOODBYE = 1.0
-_BACKLOG = 16
+#: connections that may wait to be accepted: clients that do not wait for a connection are refused at once beyond it
+_BACKLOG = 128
 
 
 class QmpServer:
@@ -101,7 +103,9 @@ class QmpServer:
         """
         if address.startswith("unix:"):
             path = address.removeprefix("unix:")
-            with _unix_listener(path) as listening:
+            if not path:
+                raise UsageError(f"'{address}' is not an address: expected unix:PATH or HOST:PORT")
+            with unix_listener(path, address) as listening:
                 await trio.serve_listeners(
                     self.serve_stream, [trio.SocketListener(listening)], task_status=_Started(task_status, address)
                 )
@@ -118,9 +122,12 @@ class QmpServer:
         """Serve the one client at standard input and output, until its end of file."""
         await self.serve_stream(StdioStream())
 
-    async def serve_stream(self, stream: trio.abc.Stream) -> None:
-        """Serve the client at the other end of *stream*, until it goes away; closes *stream*."""
-        client = _Client(self, stream)
+    async def serve_stream(self, stream: trio.abc.Stream, *, pretty: bool = False) -> None:
+        """Serve the client at the other end of *stream*, until it goes away; closes *stream*.
+
+        *pretty*: what is sent is for people to read, too.
+        """
+        client = _Client(self, stream, pretty=pretty)
         self._clients.add(client)
         try:
             await client.serve()
@@ -153,7 +160,7 @@ class QmpServer:
         except Exception as error:
             log.exception("QMP command failed unexpectedly: %.1000r", value)
             reply = client.monitor.failure(value, CommandError(f"Internal error: {type(error).__name__}: {error}"))
-        await client.outbox.send(encode(reply))
+        await client.outbox.send(client.encode(reply))
         if quitting:
             self._quit()
 
@@ -229,8 +236,9 @@ class _Outbox:
 class _Client:
     """One client's conversation and its tasks."""
 
-    def __init__(self, server: QmpServer, stream: trio.abc.Stream) -> None:
+    def __init__(self, server: QmpServer, stream: trio.abc.Stream, *, pretty: bool) -> None:
         self.monitor = Monitor(server.table)
+        self.encode = partial(encode, pretty=pretty)
         self.outbox = _Outbox()
         self._server = server
         self._stream = stream
@@ -248,7 +256,7 @@ class _Client:
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._do_io)
-            self.outbox.put(encode(self.monitor.greeting()))
+            self.outbox.put(self.encode(self.monitor.greeting()))
             async for value in self._queue_out:
                 await self._server.answer(self, value)
             self._io.cancel()
@@ -299,7 +307,7 @@ class _Client:
             self._io.cancel()
             self.outbox.close()
             return
-        self.outbox.put(encode(message))
+        self.outbox.put(self.encode(message))
 
     async def _release_events(self) -> None:
         while True:
@@ -324,11 +332,11 @@ def parse_host_port(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _unix_listener(path: str) -> Iterator[trio.socket.SocketType]:
-    """A socket listening at *path*, for its owner alone.  What a daemon that was killed left there is replaced."""
-    address = f"unix:{path}"
-    if not path:
-        raise UsageError(f"'{address}' is not an address: expected unix:PATH or HOST:PORT")
+def unix_listener(path: str, failure: str) -> Iterator[trio.socket.SocketType]:
+    """A socket listening at *path*, for its owner alone.  What a daemon that was killed left there is replaced.
+
+    Raises OpenError, whose text begins with *failure*.
+    """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # On Linux the socket's own mode becomes the file's, so there is no moment at which others can connect.
@@ -339,7 +347,7 @@ def _unix_listener(path: str) -> Iterator[trio.socket.SocketType]:
             listening.listen(_BACKLOG)
         except OSError as error:
             # a name that is too long never reaches the kernel, and has no error number
-            raise OpenError(f"{address}: {error.strerror or error}", errno=error.errno) from None
+            raise OpenError(f"{failure}: {error.strerror or error}", errno=error.errno) from None
         try:
             yield trio.socket.from_stdlib_socket(listening)
         finally:

@@ -67,18 +67,35 @@ class Command:
 
 
 class CommandTable:
-    """Commands by name, in the order in which they were declared."""
+    """Commands by name, in the order in which they were declared.
 
-    def __init__(self, *tables: CommandTable) -> None:
+    *more* makes a table of others, when one is asked for that is not among *tables*, or all of them are.
+    """
+
+    def __init__(self, *tables: CommandTable, more: Callable[[], CommandTable] | None = None) -> None:
         self._commands: dict[str, Command] = {}
+        self._more = more
         for table in tables:
             self._commands.update(table._commands)
+            self._more = self._more or table._more
 
     def __iter__(self) -> Iterator[Command]:
+        self._load_more()
         return iter(self._commands.values())
 
     def get(self, name: str) -> Command | None:
+        if name not in self._commands:
+            self._load_more()
         return self._commands.get(name)
+
+    def _load_more(self) -> None:
+        more, self._more = self._more, None
+        if more is not None:
+            self._commands.update(more()._commands)
+
+    def add(self, command: Command) -> None:
+        """Add *command*."""
+        self._commands[command.name] = command
 
     def command(
         self, name: str, arguments: type[OptionStruct] | None = NoArguments, *, allow_oob: bool = False
@@ -86,7 +103,7 @@ class CommandTable:
         """Decorator: the function carries out *name*.  *allow_oob*: also out of band, so it must never wait."""
 
         def enter(handler: Handler) -> Handler:
-            self._commands[name] = Command(name, arguments, handler, allow_oob)
+            self.add(Command(name, arguments, handler, allow_oob))
             return handler
 
         return enter
