@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mounting import Mount
+from mounting import Mount, sweep
 
 from fusebd.block.graph import Graph
 
@@ -34,15 +34,22 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def mount(tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mount]]:
-    """Mounts nodes: ``mount(blockdev, ..., name="mnt", options=[...])``.  What is left at the end is taken away."""
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for mounts, whose runtime directory is ``run`` in it.  What is left at the end is taken away."""
     if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("needs root and /dev/fuse")
     monkeypatch.setenv("FUSEBD_RUNTIME_DIR", str(tmp_path / "run"))
+    yield tmp_path
+    sweep(tmp_path)
+
+
+@pytest.fixture
+def mount(scratch: Path, transport: str) -> Iterator[Callable[..., Mount]]:
+    """Mounts nodes: ``mount(blockdev, ..., name="mnt", options=[...])``.  What is left at the end is taken away."""
     mounts: list[Mount] = []
 
     def mount_nodes(*blockdevs: Any, name: str = "mnt", options: Sequence[str] = ()) -> Mount:
-        mounts.append(Mount(tmp_path / name, transport, blockdevs, options))
+        mounts.append(Mount(scratch / name, transport, blockdevs, options))
         return mounts[-1]
 
     yield mount_nodes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -42,6 +43,58 @@ def fusebd(*words: str | Path, expect: Sequence[int] = (0,)) -> str:
     return run(*FUSEBD, *words, expect=expect)
 
 
+def refusal(*words: str | Path, **options: Any) -> str:
+    """The one line on standard error with which ``fusebd`` refuses *words*, without its name in front."""
+    command = [*FUSEBD, *map(str, words)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, **options
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done
+    line, newline, rest = done.stderr.partition("\n")
+    assert (newline, rest) == ("\n", ""), done.stderr
+    assert line.startswith("fusebd: "), line
+    message: str = line.removeprefix("fusebd: ")
+    return message
+
+
+def mounts_below(directory: Path) -> list[str]:
+    """Where something is mounted in *directory*, the latest first."""
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    points = [line.split(b" ")[4].decode("unicode-escape").encode("latin-1") for line in lines]
+    return [os.fsdecode(point) for point in reversed(points) if point.startswith(os.fsencode(directory) + b"/")]
+
+
+def daemons_of(directory: Path) -> list[int]:
+    """The processes of fusebd that run in *directory*, or have been told something about it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes()
+            if b"\0fusebd\0" not in words:
+                continue
+            here = os.readlink(process / "cwd")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+        if here == str(directory) or os.fsencode(directory) + b"/" in words:
+            found.append(int(process.name))
+    return found
+
+
+def left_behind(directory: Path) -> list[str]:
+    """What there still is of mounts in *directory*: mounts, processes, and files in its runtime directory ``run``."""
+    run_directory = directory / "run"
+    files = os.listdir(run_directory) if run_directory.exists() else []
+    return [*mounts_below(directory), *map(str, daemons_of(directory)), *files]
+
+
+def sweep(directory: Path) -> None:
+    """Kill and unmount what a test has left in *directory*."""
+    for pid in daemons_of(directory):
+        os.kill(pid, signal.SIGKILL)
+    for point in mounts_below(directory):
+        run("umount", "-l", point)
+
+
 class Qmp:
     """A QMP connection.  Events that arrive while an answer is awaited are kept in ``events``."""
 
@@ -57,14 +110,23 @@ class Qmp:
     def _read(self) -> Json:
         return json.loads(self._file.readline())
 
-    def __call__(self, command: str, arguments: Json = None) -> Json:
-        """What *command* returns; an error is an AssertionError with its description."""
-        request = {"execute": command, "arguments": arguments or {}}
+    def ask(self, request: Json) -> Json:
+        """The whole answer to *request*."""
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         while "event" in (answer := self._read()):
             self.events.append(answer)
+        return answer
+
+    def __call__(self, command: str, arguments: Json = None) -> Json:
+        """What *command* returns; an error is an AssertionError with its description."""
+        answer = self.ask({"execute": command, "arguments": arguments or {}})
         assert "return" in answer, answer
         return answer["return"]
+
+    def wait_end(self) -> None:
+        """Wait until the other side hangs up, and keep the events until then."""
+        for line in self._file:
+            self.events.append(json.loads(line))
 
     def close(self) -> None:
         self._file.close()
@@ -112,6 +174,16 @@ class Mount:
         assert " ERROR " not in log, log
         assert "Traceback" not in log, log
 
+    def wait_end(self) -> None:
+        """Wait until the daemon has ended, by itself or because it was told to."""
+        self.hang_up()
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        assert select.select([descriptor], [], [], 60)[0], "the daemon does not end"
+        os.close(descriptor)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it has no descriptor any more."""
         self.hang_up()
@@ -133,7 +205,7 @@ class Mount:
             finally:
                 file.close()
             self._place.clear()
-        while str(self.point) in {line.split(" ")[1] for line in Path("/proc/self/mounts").read_text().splitlines()}:
+        while str(self.point) in mounts_below(self.point.parent):
             run("umount", "-l", self.point)
 
 
@@ -145,6 +217,16 @@ def qcow2(name: str, path: Path, **options: Json) -> Json:
 def raw(name: str, path: Path, **options: Json) -> Json:
     """The options of a raw node over the file *path*."""
     return {"driver": "raw", "node-name": name, "file": {"driver": "file", "filename": str(path)}, **options}
+
+
+def failing(name: str, image: Json = None, **rule: Json) -> Json:
+    """The options of a raw node that fails by *rule* (of blkdebug's inject-error), over *image* or else null-co."""
+    below = {
+        "driver": "blkdebug",
+        "image": image or {"driver": "null-co", "size": 65536},
+        "inject-error": [rule],
+    }
+    return {"driver": "raw", "node-name": name, "file": below}
 
 
 def check_image(path: Path, *, leaks: bool = False) -> None:
