@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.processes import BenchmarkError, output_of, pinned, reset_peak, usage
 from benchmarks.servers import BARE, SERVERS, Served, Setting, span
-from benchmarks.stacks import CELLS, STACKS, USUAL_CELLS, Cell, Stack
+from benchmarks.stacks import CELLS, STACKS, USUAL_CELLS, Cell, Stack, write_page_by_page
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def _started(plan: Plan, stack_name: str, server_name: str, top: str) -> Iterato
     directory = tempfile.mkdtemp(prefix=f"{stack_name}-{server_name}.", dir=top)
     try:
         stack.images(directory, plan.length)
+        write_page_by_page(directory)
         with SERVERS[server_name].serve(plan.setting, stack, directory, plan.length) as served:
             yield served
     finally:
@@ -183,6 +184,8 @@ def _fio(plan: Plan, stack: Stack, cell: Cell, path: str, server: str) -> dict[s
         "runtime": f"{plan.runtime * 1000:.0f}ms",
         "allow_file_create": "0",
         "norandommap": "1",
+        # Otherwise fio empties the page cache of a bare file, which it cannot do below a server.
+        "invalidate": "0",
         "group_reporting": "1",
         "thread": "1",
         "output-format": "json",

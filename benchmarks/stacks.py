@@ -72,6 +72,24 @@ def _fill(path: str, length: int) -> None:
             file.write(block[: length - offset])
 
 
+def write_page_by_page(directory: str) -> None:
+    """Have the page cache hold the images in pages.
+
+    What was written in one piece lies there in one large folio, and ext4 (Linux 6.18) takes up to 9 us for a 4 KiB
+    write into such a one, 1.8 us into a page: for all servers alike, and more than there is to measure.
+    """
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        with open(path, "rb") as image, open(path + ".pages", "wb", buffering=0) as copy:
+            while block := image.read(4096):
+                if block.count(0) == len(block):
+                    copy.seek(len(block), os.SEEK_CUR)
+                else:
+                    copy.write(block)
+            copy.truncate(os.path.getsize(path))
+        os.replace(path + ".pages", path)
+
+
 def _file(directory: str, name: str = "disk.raw", **options: Any) -> Options:
     return {"driver": "file", "filename": os.path.join(directory, name), **options}
 
@@ -110,6 +128,15 @@ STACKS = {
         _raw_image,
         lambda directory, length: _raw(_file(directory)),
         bare=True,
+    ),
+    "passthrough": Stack(
+        "raw over file, passed through by the kernel, fio without O_DIRECT",
+        _raw_image,
+        lambda directory, length: _raw(_file(directory)),
+        bare=True,
+        servers=("fusebd-devfuse",),
+        fusebd=("--cache", f"{NODE}=passthrough"),
+        fio={"direct": "0"},
     ),
     "qcow2": Stack(
         "qcow2 with all clusters allocated",
