@@ -28,7 +28,7 @@ def add(address: str, node_name: str, words: list[str], path: str | None) -> str
         rule: Json = parse_arguments(_ADD, words)
     else:
         prefix = "rule."
-        words = [_spelt_out(word) for word in words]
+        words = [_spelt_out(word, _rule_members()) for word in words]
         try:
             rule = parse_arguments(_ADD, [prefix + word for word in words]).get("rule", {})
         except OptionError as error:
@@ -53,18 +53,23 @@ def _target(words: list[str]) -> tuple[str | None, list[str]]:
     return (named[0] if named else None), [word for word in words if not word.startswith("target=")]
 
 
-def _members() -> tuple[Option, ...]:
-    """The members that a rule can have."""
-    command = COMMANDS.get(_ADD)
+def _options(command_name: str) -> tuple[Option, ...]:
+    """The arguments that the command takes."""
+    command = COMMANDS.get(command_name)
     assert command is not None
     assert command.arguments is not None
-    return next(option.members for option in declared_options(command.arguments) if option.name == "rule")
+    return declared_options(command.arguments)
 
 
-def _spelt_out(word: str) -> str:
-    """*word* with ``read,write`` made a list and ``4k`` a number, for the members that are."""
+def _rule_members() -> tuple[Option, ...]:
+    """The members that a rule can have."""
+    return next(option.members for option in _options(_ADD) if option.name == "rule")
+
+
+def _spelt_out(word: str, options: tuple[Option, ...]) -> str:
+    """*word* with ``read,write`` made a list and ``4k`` a number, for those of *options* that are."""
     name, equals, value = word.partition("=")
-    option = next((option for option in _members() if option.name == name), None)
+    option = next((option for option in options if option.name == name), None)
     if option is None or not equals:
         return word
     if option.type_name == "array" and not option.members:
@@ -85,6 +90,7 @@ def remove(address: str, node_name: str, ids: list[str]) -> None:
 
 def carry_out(address: str, command: str, node_name: str, words: list[str]) -> str:
     """Have *command* carried out with the arguments *words*; how much it did, in words.  Raises FusebdError."""
+    words = [_spelt_out(word, _options(command)) for word in words]
     returned = execute(address, command, {"node-name": node_name, **parse_arguments(command, words)})
     return ", ".join(f"{name} {count}" for name, count in returned.items())
 
@@ -98,7 +104,8 @@ def listing(address: str, node_name: str, *, as_json: bool) -> list[str]:
 def _lines(found: dict[str, Json]) -> Iterator[str]:
     yield f"filter {found['node-name']}, seed {found['seed']}, state {found['state']}"
     for rule in found["rules"]:
-        members = " ".join(f"{name}={_value(value)}" for name, value in rule.items() if name not in _IN_WORDS)
+        said = [option.name for option in _rule_members() if option.name in rule and option.name not in _IN_WORDS]
+        members = " ".join(f"{name}={_value(rule[name])}" for name in said)
         activity = "active" if rule["active"] else "not active"
         counted = "done" if rule.get("at-rest") else f"hit by {rule['hits']} of {rule['matches']} requests, {activity}"
         yield f"rule {rule['id']}: {rule['action']}{' ' if members else ''}{members}: {counted}"

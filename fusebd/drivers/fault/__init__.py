@@ -1,0 +1,4 @@
+from fusebd.drivers.fault.driver import Fault
+from fusebd.drivers.fault.options import FaultOptions, FaultRule
+
+__all__ = ["Fault", "FaultOptions", "FaultRule"]
