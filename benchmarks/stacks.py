@@ -16,6 +16,11 @@ EMPTY_LENGTH = 8 << 30
 
 Options = dict[str, Any]
 
+#: what no other server can do
+FUSEBD = ("fusebd-devfuse", "fusebd-pyfuse3")
+#: rules of the fault filter that no request comes to
+_ELSEWHERE = [{"action": "error", "operations": ["read", "write"], "offset": 1 << 40, "length": 4096}]
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -170,6 +175,18 @@ STACKS = {
         _raw_image,
         lambda directory, length: _raw(_blkdebug(_file(directory), rules=True)),
     ),
+    "raw-fault": Stack(
+        "raw over fault without rules",
+        _raw_image,
+        lambda directory, length: _raw({"driver": "fault", "file": _file(directory)}),
+        servers=FUSEBD,
+    ),
+    "raw-fault-rules": Stack(
+        "raw over fault with rules for reads and writes elsewhere",
+        _raw_image,
+        lambda directory, length: _raw({"driver": "fault", "file": _file(directory), "rules": _ELSEWHERE}),
+        servers=FUSEBD,
+    ),
     "blkverify": Stack(
         "blkverify of raw against a file",
         _two_raw_images,
@@ -199,10 +216,12 @@ STACKS = {
     ),
 }
 #: the stacks that a run without --stacks measures
-USUAL_STACKS = tuple(name for name in STACKS if not name.endswith("-rules") and name != "raw-blkdebug")
+USUAL_STACKS = tuple(
+    name for name in STACKS if not name.endswith("-rules") and name not in ("raw-blkdebug", "raw-fault")
+)
 #: each with those that add a filter to it: what ``filters`` compares
 FILTERED = {
-    "raw": ("raw-blkdebug", "raw-blkdebug-rules"),
+    "raw": ("raw-blkdebug", "raw-blkdebug-rules", "raw-fault", "raw-fault-rules"),
     "qcow2": ("qcow2-blkdebug", "qcow2-blkdebug-rules"),
 }
 

@@ -188,6 +188,8 @@ class Files(FileSystem, FileView):
     def _mode(self, file: NodeFile) -> CacheMode:
         """The mode in which *file* is opened now: the one that is asked for, unless that is impossible."""
         if file.cache == "passthrough" and not file.is_passed:
+            if file.open_files:  # all of them or none
+                return "direct"
             try:
                 file.node.entrance.backing_descriptor()
             except NotSupported as error:
@@ -374,6 +376,7 @@ class Files(FileSystem, FileView):
             file = handle.file
             file.mtime_ns = file.ctime_ns = time.time_ns()
             if not held_back:
+                # Past the page cache; what somebody has read meanwhile is in there, and not all kernels drop that.
                 if file.watch is not None and not handle.access.cached:
                     self._content_changed(file, offset, size)
                 if self._views.changes != changes:

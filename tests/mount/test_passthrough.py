@@ -360,6 +360,24 @@ def test_a_filter_that_is_inserted_takes_it_back_as_long_as_it_is_there(mount: M
     assert mounted.log.read_text().count("disk is not passed through: driver 'blkdebug' is in the way") == 1
 
 
+def test_what_was_opened_below_a_filter_keeps_later_openings_from_being_passed_through(
+    mount: Mounting, image: Path
+) -> None:
+    mounted = passed(mount, raw("disk", image))
+    mounted.qmp("block-filter-insert", {"node-name": "disk", "filter": {"driver": "blkdebug", "node-name": "debug"}})
+    with opened(mounted / "disk", os.O_RDWR) as before:
+        mapped = mmap.mmap(before, LENGTH)  # with this, the kernel would not have another one passed through
+        mounted.qmp("block-filter-remove", {"node-name": "debug"})
+        assert mode(mounted) == "direct"
+        with opened(mounted / "disk", os.O_RDWR) as after:
+            os.pwrite(after, b"both", 0)
+            assert mapped[:4] == os.pread(before, 4, 0) == b"both"
+        mapped.close()
+    closed(mounted)
+    assert mode(mounted) == "passthrough"
+    mounted.umount()
+
+
 def test_a_node_that_comes_later_and_is_not_plain_is_served_all_the_same(mount: Mounting, image: Path) -> None:
     mounted = passed(mount)
     mounted.qmp("blockdev-add", raw("disk", image, offset=512))
