@@ -7,6 +7,7 @@ hear of it (SHUTDOWN), everything is unmounted, every node is flushed and closed
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -67,6 +68,9 @@ class Engine:
             await start(self)
         if self._starting.cancelled_caught:
             raise UsageError(self.failure or "ended by a signal before it served")
+        # What is there now stays: without it, the collector comes early and quickly for nodes that have been removed.
+        gc.collect()
+        gc.freeze()
         await self._stopped.wait()
         log.info("ending (%s)", self.reason)
         await self.qmp.announce_shutdown(self.reason)

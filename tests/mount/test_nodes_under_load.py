@@ -85,7 +85,8 @@ def test_nodes_come_and_go_during_load_and_leave_nothing_behind(mount: Callable[
         run("qemu-io", "-f", "qcow2", "-c", f"write -q -P {number} 0 4M", image)
     mounted = mount(qcow2("disk", disk))
     with _fio_until_left(mounted / "disk"):
-        _add_and_remove(mounted, tmp_path)
+        for _ in range(3):  # until the allocator has all the memory that a hundred nodes at once need
+            _add_and_remove(mounted, tmp_path)
     before = _descriptors(mounted.pid), _threads(mounted.pid)
     resident = _resident(mounted.pid)
     with _fio_until_left(mounted / "disk"):
