@@ -198,26 +198,21 @@ def _qmp_server(where: str) -> str:
 
 
 def _on_node(command: str, description: str) -> Callable[[Sequence[str]], int]:
-    """A subcommand that runs the QMP *command* on the node whose file is named."""
+    """A subcommand that runs the QMP *command* on a node."""
 
     def run_command(arguments: Sequence[str]) -> int:
         parser = _Parser(prog=f"fusebd {command}", allow_abbrev=False, description=description)
-        parser.add_argument("file", metavar="NODE-FILE", help="the file of the node, in its mount point")
+        parser.add_argument("where", metavar="MOUNTPOINT|ADDRESS", help="a mount point, unix:PATH or HOST:PORT")
+        parser.add_argument("node_name", metavar="NODE")
         parser.add_argument("words", metavar="KEY=VALUE", nargs="*", help="arguments of the QMP command")
         parsed = parser.parse_args(arguments)
-        address, node_name = _node(parsed.file)
+        address = _qmp_server(parsed.where)
         from fusebd.qmp.client import run
 
-        run(address, command, [f"node-name={node_name}", *parsed.words])
+        run(address, command, [f"node-name={parsed.node_name}", *parsed.words])
         return 0
 
     return run_command
-
-
-def _node(file: str) -> tuple[str, str]:
-    """The address of the daemon that serves the node *file*, and the name of the node."""
-    mountpoint, name = os.path.split(os.path.abspath(file))
-    return _qmp_server(mountpoint), name
 
 
 # --- log -----------------------------------------------------------------------------------------
@@ -345,6 +340,11 @@ def _fault(arguments: Sequence[str]) -> int:
     heal.add_argument("words", metavar="KEY=VALUE", nargs="*", help="id=RULE, offset=BYTE, length=BYTES: only that")
     release = action("release", "let requests go on that hang")
     release.add_argument("words", metavar="KEY=VALUE", nargs="*", help="id=RULE, request=NUMBER: only those")
+    record = action("record", "record rules, changes and decisions from now on; a node without a fault filter gets one")
+    record.add_argument("file", metavar="FILE", nargs="?", help="file to write, over what is there")
+    record.add_argument("--end", action="store_true", help="end the recording")
+    replay = action("replay", "put a filter above the node that repeats a recording, and reports where it differs")
+    replay.add_argument("file", metavar="FILE", help="the recording")
     parsed = parser.parse_args(arguments)
     address, name = _qmp_server(parsed.where), parsed.node_name
     from fusebd.qmp import faultclient
@@ -358,6 +358,12 @@ def _fault(arguments: Sequence[str]) -> int:
         if bool(parsed.ids) is parsed.all:
             raise UsageError("name the rules to remove, or say --all (see fusebd fault remove --help)")
         faultclient.remove(address, name, parsed.ids)
+    elif parsed.action == "record":
+        if bool(parsed.file) is parsed.end:
+            raise UsageError("name the file to record to, or say --end (see fusebd fault record --help)")
+        faultclient.record(address, name, parsed.file)
+    elif parsed.action == "replay":
+        faultclient.replay(address, name, parsed.file)
     else:
         _print(faultclient.carry_out(address, f"fault-{parsed.action}", name, parsed.words))
     return 0
@@ -425,7 +431,7 @@ COMMANDS = {
         _on_node("power-on", "Serve the requests of a node again after a power cut."),
     ),
     "log": Command("marks in write logs, and replaying them", _log),
-    "fault": Command("faults of a node: add, list and remove rules, heal, release", _fault),
+    "fault": Command("faults of a node: add, list and remove rules, heal, release, record, replay", _fault),
     "targets": Command("name the structures of an image, and say where they are", _targets),
     "storage-daemon": Command("qemu-storage-daemon's command line", _storage_daemon),
 }
