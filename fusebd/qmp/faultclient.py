@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 
@@ -88,6 +89,20 @@ def remove(address: str, node_name: str, ids: list[str]) -> None:
         execute(address, "block-filter-remove", {"node-name": found["node-name"]})
 
 
+def record(address: str, node_name: str, path: str | None) -> None:
+    """Have the run of *node_name* recorded in the file *path*; with None, no longer.  Raises FusebdError."""
+    if path is None:
+        execute(address, "fault-record-end", {"node-name": node_name})
+    else:
+        execute(address, "fault-record", {"node-name": node_name, "filename": os.path.abspath(path)})
+
+
+def replay(address: str, node_name: str, path: str) -> None:
+    """Put a filter that repeats what the file *path* has above *node_name*.  Raises FusebdError."""
+    options = {"driver": "fault", "replay": os.path.abspath(path)}
+    execute(address, "block-filter-insert", {"node-name": node_name, "filter": options})
+
+
 def carry_out(address: str, command: str, node_name: str, words: list[str]) -> str:
     """Have *command* carried out with the arguments *words*; how much it did, in words.  Raises FusebdError."""
     words = [_spelt_out(word, _options(command)) for word in words]
@@ -103,6 +118,14 @@ def listing(address: str, node_name: str, *, as_json: bool) -> list[str]:
 
 def _lines(found: dict[str, Json]) -> Iterator[str]:
     yield f"filter {found['node-name']}, seed {found['seed']}, state {found['state']}"
+    if "recording" in found:
+        recording = found["recording"]
+        failure = f", ended: {recording['error']}" if "error" in recording else ""
+        yield f"recorded: {recording['decisions']} decisions to {recording['filename']}{failure}"
+    if "replay" in found:
+        replay = found["replay"]
+        progress = f"{replay['decisions']} of {replay['recorded']} decisions of {replay['filename']}"
+        yield f"replayed: {progress}{_difference(replay['diverged']) if 'diverged' in replay else ''}"
     for rule in found["rules"]:
         said = [option.name for option in _rule_members() if option.name in rule and option.name not in _IN_WORDS]
         members = " ".join(f"{name}={_value(rule[name])}" for name in said)
@@ -117,6 +140,13 @@ def _lines(found: dict[str, Json]) -> Iterator[str]:
         what = f"{held['operation']} of {held['length']} bytes at {held['offset']}"
         process = f" for process {held['pid']}" if held["pid"] else ""
         yield f"held: request {held['request']}, {what}{process}, {held['seconds']} s, rule {held['rule']}"
+
+
+def _difference(diverged: Json) -> str:
+    position = diverged["position"]
+    expected, found = (json.dumps(diverged[side]) for side in ("expected", "found"))
+    where = f"{position['operation']} {position['number']}" if position["number"] else "the beginning"
+    return f", differs at {where}: expected {expected}, found {found}"
 
 
 def _value(value: Json) -> str:

@@ -23,7 +23,7 @@ from fusebd.block.naming import node_filename
 from fusebd.block.perms import Perm
 from fusebd.block.status import Status
 from fusebd.drivers.fault import Fault, FaultRule
-from fusebd.drivers.fault.driver import FaultHeal, FaultRelease, FaultRuleAdd, FaultRuleRemove, QueryFaultRules
+from fusebd.drivers.fault.commands import FaultHeal, FaultRelease, FaultRuleAdd, FaultRuleRemove, QueryFaultRules
 from fusebd.errors import BlockIOError, CommandError, NotSupported, OptionError
 from fusebd.qmp.server import QmpServer
 

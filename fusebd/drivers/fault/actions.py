@@ -96,6 +96,8 @@ class Action:
     terminal: bool = True
     #: whether the ledger hears of it
     is_fault: ClassVar[bool] = True
+    #: how many bytes it still lets through, if it counts them
+    left: int | None = None
 
     def __init__(self, rule: FaultRule, ranges: Ranges, dice: Dice) -> None:
         self.rule, self.ranges, self.dice = rule, ranges, dice
@@ -382,25 +384,26 @@ class DiskFull(Action):
 
     def __init__(self, rule: FaultRule, ranges: Ranges, dice: Dice) -> None:
         super().__init__(rule, ranges, dice)
-        self._left = _given(rule.after_bytes, 0)
+        self.left = None if rule.after_bytes is UNSET else rule.after_bytes
 
     def _room(self, request: Request) -> int:
         """How many bytes of *request* there is room for."""
         if self.rule.at_offset is not UNSET:
             return min(max(self.rule.at_offset - request.offset, 0), request.length)
-        return min(self._left, request.length)
+        assert self.left is not None
+        return min(self.left, request.length)
 
     def concerns(self, request: Request, medium: Medium) -> bool:
         if self._room(request) < request.length:
             return True
-        if self.rule.after_bytes is not UNSET:
-            self._left -= request.length
+        if self.left is not None:
+            self.left -= request.length
         return False
 
     def act(self, request: Request, medium: Medium) -> Outcome:
         room = self._room(request)
-        if self.rule.after_bytes is not UNSET:
-            self._left -= room
+        if self.left is not None:
+            self.left -= room
         parts = [Part(0, room, request.offset)] if room else []
         return Outcome(plan=Plan(parts, ENOSPC), details={"bytes": room})
 

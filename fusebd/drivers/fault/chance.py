@@ -6,29 +6,58 @@ machines draw the same.  Delays are rounded to nanoseconds, which hides the last
 
 from __future__ import annotations
 
+import base64
+import binascii
 import bisect
 import hashlib
 import math
 import random
+import struct
 from collections.abc import Callable
 from statistics import NormalDist
 
 from msgspec import UNSET, UnsetType
 
 from fusebd.drivers.fault.options import FaultRule
+from fusebd.errors import OptionError
 
 _STANDARD = NormalDist()
 #: the smallest number above 0 that is a multiple of what ``random`` draws in
 _LEAST = 2.0**-53
+#: the state of a sequence: 624 words, and how many of them are used up
+_STATE = struct.Struct("<625I")
+_WORDS = 624
 
 
 class Dice:
     """A sequence of draws that follows from *seed* and *name* alone."""
 
-    __slots__ = ("_random",)
+    __slots__ = ("_name", "_random", "_sequence")
 
     def __init__(self, seed: int, name: str) -> None:
-        self._random = random.Random(f"{seed}/{name}").random
+        self._name = f"{seed}/{name}"
+        self._sequence = random.Random(self._name)
+        self._random = self._sequence.random
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing has been drawn."""
+        return self._sequence.getstate() == random.Random(self._name).getstate()
+
+    @property
+    def state(self) -> str:
+        """Where in its sequence it is, for ``restore``."""
+        return base64.b64encode(_STATE.pack(*self._sequence.getstate()[1])).decode()
+
+    def restore(self, state: str) -> None:
+        """Go on as from *state*.  Raises OptionError."""
+        try:
+            words = _STATE.unpack(base64.b64decode(state, validate=True))
+        except (binascii.Error, ValueError, struct.error):
+            words = (_WORDS + 1,)
+        if not 0 < words[-1] <= _WORDS:
+            raise OptionError("Parameter 'dice' expects the state of a sequence")
+        self._sequence.setstate((3, words, None))
 
     def share(self) -> float:
         """From 0 up to 1, without 1."""

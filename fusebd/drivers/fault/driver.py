@@ -2,7 +2,8 @@
 
 ``options.py`` declares the rules, ``rules.py`` decides which request gets which fault, ``actions.py`` plans what that
 means for it, ``damage.py`` keeps what is wrong with the medium; here all that is carried out.  Everything that is done
-to a request is in the ledger.  The same seed and the same requests give the same faults.
+to a request is in the ledger.  The same seed and the same requests give the same faults; ``recording.py`` writes down
+what a run consists of, ``replay.py`` repeats it.
 
 Options: fusebd's own; QEMU has no such driver.
 """
@@ -14,10 +15,10 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import trio
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
 from fusebd.block.caller import current_request
 from fusebd.block.child import FUA, copy_into, slice_buffers
@@ -34,37 +35,23 @@ from fusebd.block.driver import (
     register,
 )
 from fusebd.block.opening import Opening
-from fusebd.block.options import Json, OptionStruct, Size
+from fusebd.block.options import Json
 from fusebd.block.perms import Role
 from fusebd.drivers.fault.actions import Medium, Plan, Request
+from fusebd.drivers.fault.commands import (
+    FaultHeal,
+    FaultRecord,
+    FaultRecordEnd,
+    FaultRelease,
+    FaultRuleAdd,
+    FaultRuleRemove,
+    QueryFaultRules,
+)
 from fusebd.drivers.fault.options import SECTOR_SIZE, FaultOptions, FaultRule
-from fusebd.drivers.fault.rules import Hit, RuleSet, Verdict
+from fusebd.drivers.fault.recording import Add, Change, Heal, Recorder, Release, Remove, decisions, declared
+from fusebd.drivers.fault.replay import Replay, Run, load
+from fusebd.drivers.fault.rules import Hit, Rule, RuleSet, Verdict
 from fusebd.errors import BlockIOError, CommandError, NotSupported, OptionError
-
-
-class FaultRuleAdd(OptionStruct, frozen=True, kw_only=True):
-    rule: Annotated[FaultRule, Meta(description="the rule to add behind those there are")]
-
-
-class FaultRuleRemove(OptionStruct, frozen=True, kw_only=True):
-    id: Annotated[str, Meta(description="the rule to take away; requests that it holds go on")]
-
-
-class QueryFaultRules(OptionStruct, frozen=True, kw_only=True):
-    """Nothing but the node."""
-
-
-class FaultRelease(OptionStruct, frozen=True, kw_only=True):
-    id: Annotated[str | UnsetType, Meta(description="the rule whose requests go on; all that are held if absent")] = (
-        UNSET
-    )
-    request: Annotated[Size | UnsetType, Meta(description="this one alone, by its number")] = UNSET
-
-
-class FaultHeal(OptionStruct, frozen=True, kw_only=True):
-    id: Annotated[str | UnsetType, Meta(description="what this rule has done; all damage if absent")] = UNSET
-    offset: Annotated[Size, Meta(description="from this byte on")] = 0
-    length: Annotated[Size | UnsetType, Meta(description="in so many bytes; up to the end if absent")] = UNSET
 
 
 @dataclass(slots=True, eq=False)
@@ -92,16 +79,19 @@ class Fault(FilterDriver):
     A request that no rule has to be asked about costs one look at an attribute.
     """
 
-    strong_options: ClassVar[frozenset[str]] = frozenset({"seed", "state", "rules"})
+    strong_options: ClassVar[frozenset[str]] = frozenset({"seed", "state", "rules", "replay"})
 
-    def __init__(self, node: Node, file: Child, options: FaultOptions) -> None:
+    def __init__(self, node: Node, file: Child, options: FaultOptions, run: Run | None = None) -> None:
         super().__init__(node, file)
         self.medium = Medium(file.node.driver.length)
+        self._recorder: Recorder | None = None
+        self._replay = None if run is None else Replay(run, self._repeat, self._diverged)
+        start = options if run is None else run.header
         self.rules = RuleSet(
-            options.seed,
-            options.state,
+            start.seed,
+            start.state,
             self.medium,
-            clock=trio.current_time,
+            clock=self._now,
             same=_is_thread_of,
             changed=self._rules_changed,
         )
@@ -110,22 +100,47 @@ class Fault(FilterDriver):
         self._drains = 0
         # whether requests of a kind have to be looked at
         self._reads = self._writes = self._zeroes = self._discards = self._flushes = self._statuses = False
+        self._decide = self.rules.decide
+        if run is not None and self._replay is not None:
+            self._replay.begin(run.header, self.rules, self.medium.damage, self.medium.length)
         for index, rule in enumerate(options.rules):
             try:
-                self._add(rule)
+                self.rules.add(rule)
             except OptionError as error:
                 raise error.prefixed(f"rules.{index}") from None
-        self._refresh_events()
 
     @classmethod
     async def open(cls, opening: Opening, options: FaultOptions) -> Fault:
-        return cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY), options)
+        run = None
+        if options.replay is not UNSET:
+            for name in ("seed", "state", "rules"):
+                if name in options.given:
+                    raise OptionError(f"Parameters 'replay' and '{name}' exclude each other")
+            run = await trio.to_thread.run_sync(load, options.replay)
+        file = await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY)
+        driver = cls(opening.node, file, options, run)
+        if options.record is not UNSET:
+            driver._record_to(options.record)
+        driver._begin()
+        return driver
+
+    def _begin(self) -> None:
+        """Everything is there: what is at rest happens, and what a recording had before the first request."""
+        for rule in list(self.rules):
+            if not rule.hits:
+                self._act_at_rest(rule)
+        self._taping_changed()
+        if self._replay is not None:
+            self._replay.catch_up(late=True)
+
+    async def close(self) -> None:
+        self._end_recording()
 
     # -- requests -------------------------------------------------------------------------------
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         if self._reads:
-            verdict = self.rules.decide("read", offset, nbytes(bufs))
+            verdict = self._decide("read", offset, nbytes(bufs), 0)
             if verdict is not None or self.medium.damage:
                 await self._read(verdict, offset, bufs)
                 return
@@ -133,7 +148,7 @@ class Fault(FilterDriver):
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         if self._writes:
-            verdict = self.rules.decide("write", offset, nbytes(bufs), flags)
+            verdict = self._decide("write", offset, nbytes(bufs), flags)
             if verdict is not None or self.medium.damage:
                 await self._write(verdict, offset, bufs, flags)
                 return
@@ -141,7 +156,7 @@ class Fault(FilterDriver):
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         if self._zeroes:
-            verdict = self.rules.decide("write-zeroes", offset, length, flags)
+            verdict = self._decide("write-zeroes", offset, length, flags)
             if verdict is not None or self.medium.damage:
                 await self._zero(verdict, offset, length, flags)
                 return
@@ -149,7 +164,7 @@ class Fault(FilterDriver):
 
     async def pdiscard(self, offset: int, length: int) -> None:
         if self._discards:
-            verdict = self.rules.decide("discard", offset, length)
+            verdict = self._decide("discard", offset, length, 0)
             plan = None if verdict is None else await self._plan(verdict)
             if plan is not None:
                 for part in plan.parts:
@@ -161,7 +176,7 @@ class Fault(FilterDriver):
     async def flush(self) -> None:
         # without the events that a flush announces elsewhere: those of the node above are passed on
         if self._flushes:
-            verdict = self.rules.decide("flush", 0, 0)
+            verdict = self._decide("flush", 0, 0, 0)
             plan = None if verdict is None else await self._plan(verdict)
             if plan is not None:
                 self._end(plan, "flush", 0)
@@ -172,7 +187,7 @@ class Fault(FilterDriver):
         """Where bits are flipped there is data, whatever is below."""
         place = offset
         if self._statuses:
-            verdict = self.rules.decide("block-status", offset, length)
+            verdict = self._decide("block-status", offset, length, 0)
             plan = None if verdict is None else await self._plan(verdict)
             if plan is not None:
                 self._end(plan, "block-status", offset)
@@ -309,6 +324,8 @@ class Fault(FilterDriver):
         pid = 0 if caller is None else caller.pid
         waiting = _Waiting(self._numbered, hit.rule.id, seconds, request, trio.current_time(), pid)
         self._waiting.append(waiting)
+        if seconds is None and self._replay is not None:
+            self._replay.catch_up(late=True)  # that it is released may be next
         try:
             with trio.move_on_after(math.inf if seconds is None else seconds):
                 await waiting.released.wait()
@@ -325,29 +342,118 @@ class Fault(FilterDriver):
 
     def _add(self, options: FaultRule) -> str:
         """Add the rule that *options* describe; its id.  Raises OptionError."""
+        if self._recorder is not None:
+            self._recorder.tick()
         rule = self.rules.add(options)
-        if options.at_rest is True:
+        if self._recorder is not None:
+            self._recorder.change(Add, clock=self._recorder.now, rule=declared(rule))
+        self._act_at_rest(rule)
+        return rule.id
+
+    def _act_at_rest(self, rule: Rule) -> None:
+        """What *rule* does at once, if it is at rest."""
+        if rule.options.at_rest is True:
             outcome = self.rules.act_at_rest(rule)
             assert outcome.plan is not None
             self._damage(outcome.plan)
-            self._record(rule.id, options.action, Request("none", 0, self.medium.length), 0, outcome.details)
-        return rule.id
+            request = Request("none", 0, self.medium.length)
+            self._record(rule.id, rule.options.action, request, 0, outcome.details)
+            self._decided(request.operation, 0, request.length, [Hit(rule, outcome)])
 
     def _rules_changed(self) -> None:
         self._refresh()
         self._refresh_events()
         self._refresh_length()
+        if self._recorder is not None:
+            self._recorder.rules_changed()
 
     def _refresh(self) -> None:
         """Take over which requests have to be looked at."""
         rules, damage = self.rules.by_operation, self.medium.damage
-        damaged = bool(damage)
+        taped = self._is_taped
+        damaged = taped or bool(damage)
         self._reads = damaged or bool(rules["read"])
         self._writes = damaged or bool(rules["write"])
         self._zeroes = damaged or bool(rules["write-zeroes"])
-        self._discards = bool(rules["discard"])
-        self._flushes = bool(rules["flush"])
-        self._statuses = damage.has_flips or bool(rules["block-status"])
+        self._discards = taped or bool(rules["discard"])
+        self._flushes = taped or bool(rules["flush"])
+        self._statuses = taped or damage.has_flips or bool(rules["block-status"])
+
+    # -- recording and replay -------------------------------------------------------------------
+
+    @property
+    def _is_taped(self) -> bool:
+        """Whether requests and events are counted, because they are recorded or replayed."""
+        return self._recorder is not None or self._replay is not None
+
+    def _taping_changed(self) -> None:
+        self._decide = self._decide_taped if self._is_taped else self.rules.decide
+        self._refresh()
+        self._refresh_events()
+
+    def _now(self) -> float:
+        """The time in seconds, as rules see it: in a replay that of the recording."""
+        if self._recorder is not None:
+            return self._recorder.now
+        return self._base_time()
+
+    def _base_time(self) -> float:
+        return trio.current_time() if self._replay is None else self._replay.clock
+
+    def _arrive(self, kind: str) -> None:
+        if self._replay is not None:
+            self._replay.arrive(kind)
+        if self._recorder is not None:
+            self._recorder.arrive(kind)
+
+    def _decide_taped(self, operation: str, offset: int, length: int, flags: int = 0) -> Verdict | None:
+        self._arrive(operation)
+        verdict = self.rules.decide(operation, offset, length, flags)
+        hits = [] if verdict is None else verdict.hits
+        self._decided(operation, offset, length, hits)
+        # a request that is going to hang has not been there yet when those were released that did
+        if self._replay is not None and not any(hit.outcome.waits and hit.outcome.seconds is None for hit in hits):
+            self._catch_up()
+        return verdict
+
+    def _decided(self, operation: str, offset: int, length: int, hits: list[Hit]) -> None:
+        if self._recorder is not None:
+            self._recorder.decide(operation, offset, length, hits)
+        if self._replay is not None:
+            number = self._replay.number(operation)
+            self._replay.decide(operation, decisions(operation, number, offset, length, hits))
+
+    def _catch_up(self) -> None:
+        if self._replay is not None:
+            self._replay.catch_up(late=any(waiting.seconds is None for waiting in self._waiting))
+
+    def _repeat(self, change: Change) -> None:
+        """Make *change* of a recording.  Raises FusebdError if that cannot be."""
+        if isinstance(change, Add):
+            self._add(change.rule)
+            if change.rule.at_rest is True:
+                self.node.changed_aside()
+        elif isinstance(change, Remove):
+            self._remove(change.id)
+        elif isinstance(change, Release):
+            self._let_go(change.id, change.request)
+        elif isinstance(change, Heal):
+            self._heal(change.id, change.offset, change.length)
+
+    def _diverged(self, difference: dict[str, Json]) -> None:
+        self.node.emit("FAULT_REPLAY_DIVERGED", {"node-name": self.node.public_name, **difference})
+
+    def _record_to(self, filename: str) -> None:
+        replay = self._replay
+        if replay is not None and os.path.exists(filename) and os.path.samefile(filename, replay.path):
+            raise OptionError(f"'{filename}' is what is replayed")
+        self._recorder = Recorder(filename, self.rules, self.medium.damage, self._base_time)
+
+    def _end_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+            self._taping_changed()
 
     # -- the graph ------------------------------------------------------------------------------
 
@@ -372,14 +478,20 @@ class Fault(FilterDriver):
             self._refresh_events()
 
     def _refresh_events(self) -> None:
-        """Hear of events only if someone here or below makes use of them: announcing costs every request above."""
-        wanted = self.rules.uses_events or self.file.debug_event is not None
+        """Hear of events only if someone here or below makes use of them: announcing costs every request above.
+
+        A recording counts them, and so does its replay.
+        """
+        wanted = self._is_taped or self.rules.uses_events or self.file.debug_event is not None
         if wanted is not (self.debug_event is not None):
             self.debug_event = self._announced if wanted else None
             self.node.refresh_edges()
 
     async def _announced(self, event: str) -> None:
+        if self._is_taped:
+            self._arrive("event")
         self.rules.announce(event)
+        self._catch_up()
         below = self.file.debug_event
         # what an edge announces of its own requests, the one to the node below announces, too
         if below is not None and event not in EDGE_EVENTS:
@@ -398,8 +510,13 @@ class Fault(FilterDriver):
     @driver_command("fault-rule-remove", FaultRuleRemove)
     async def remove_rule(self, arguments: FaultRuleRemove) -> None:
         """Take a rule away; the damage that it has done stays."""
-        self.rules.remove(arguments.id)
-        self._release(lambda waiting: waiting.rule == arguments.id)
+        self._remove(arguments.id)
+
+    def _remove(self, ident: str) -> None:
+        self.rules.remove(ident)
+        if self._recorder is not None:
+            self._recorder.change(Remove, id=ident)
+        self._release(lambda waiting: waiting.rule == ident)
 
     @driver_command("query-fault-rules", QueryFaultRules)
     async def list_rules(self, arguments: QueryFaultRules) -> Json:
@@ -417,7 +534,7 @@ class Fault(FilterDriver):
             for waiting in self._waiting
             if waiting.seconds is None
         ]
-        return {
+        shown: dict[str, Json] = {
             "node-name": self.node.name,
             "seed": self.rules.seed,
             "state": self.rules.state,
@@ -426,22 +543,31 @@ class Fault(FilterDriver):
             "bad-sectors": self.medium.damage.bad_sectors(),
             "held": held,
         }
+        if self._recorder is not None:
+            shown["recording"] = self._recorder.describe()
+        if self._replay is not None:
+            shown["replay"] = self._replay.describe()
+        return shown
 
     @driver_command("fault-release", FaultRelease)
     async def release(self, arguments: FaultRelease) -> Json:
         """Let requests go on that hang.  Raises CommandError if a rule or request is named that there is not."""
         if arguments.id is not UNSET:
             self.rules.find(arguments.id)
-        released = self._release(
-            lambda waiting: (
-                waiting.seconds is None
-                and arguments.id in (UNSET, waiting.rule)
-                and arguments.request in (UNSET, waiting.number)
-            )
-        )
+        released = self._let_go(arguments.id, arguments.request)
         if arguments.request is not UNSET and not released:
             raise CommandError(f"No request {arguments.request} is held")
         return {"released": released}
+
+    def _let_go(self, ident: str | UnsetType, request: int | UnsetType) -> int:
+        released = self._release(
+            lambda waiting: (
+                waiting.seconds is None and ident in (UNSET, waiting.rule) and request in (UNSET, waiting.number)
+            )
+        )
+        if released and self._recorder is not None:
+            self._recorder.change(Release, id=ident, request=request)
+        return released
 
     def _release(self, concerned: Callable[[_Waiting], bool]) -> int:
         found = [waiting for waiting in self._waiting if concerned(waiting)]
@@ -452,10 +578,34 @@ class Fault(FilterDriver):
     @driver_command("fault-heal", FaultHeal)
     async def heal(self, arguments: FaultHeal) -> Json:
         """Undo damage; the rules stay."""
-        end = 1 << 63 if arguments.length is UNSET else arguments.offset + arguments.length
-        rule = None if arguments.id is UNSET else arguments.id
-        bits, sectors = self.medium.damage.heal(arguments.offset, end, rule)
+        bits, sectors = self._heal(arguments.id, arguments.offset, arguments.length)
+        return {"bits": bits, "sectors": sectors}
+
+    def _heal(self, ident: str | UnsetType, offset: int, length: int | UnsetType) -> tuple[int, int]:
+        end = 1 << 63 if length is UNSET else offset + length
+        bits, sectors = self.medium.damage.heal(offset, end, None if ident is UNSET else ident)
         if bits or sectors:
+            if self._recorder is not None:
+                self._recorder.change(Heal, id=ident, offset=offset, length=length)
             self._refresh()
             self.node.changed_aside()
-        return {"bits": bits, "sectors": sectors}
+        return bits, sectors
+
+    @driver_command("fault-record", FaultRecord, inserts=True)
+    async def record(self, arguments: FaultRecord) -> Json:
+        """Record what happens from now on.  Raises CommandError if that is done already, OpenError."""
+        if self._recorder is not None:
+            raise CommandError(f"Node '{self.node.name}' is recorded to '{self._recorder.path}' already")
+        self._record_to(arguments.filename)
+        self._taping_changed()
+        return {"node-name": self.node.name}
+
+    @driver_command("fault-record-end", FaultRecordEnd)
+    async def end_record(self, arguments: FaultRecordEnd) -> None:
+        """End the recording.  Raises CommandError if there is none, or not all of it."""
+        recorder = self._recorder
+        if recorder is None:
+            raise CommandError(f"Node '{self.node.name}' is not recorded")
+        self._end_recording()
+        if recorder.error is not None:
+            raise CommandError(f"Could not write '{recorder.path}': {recorder.error}")

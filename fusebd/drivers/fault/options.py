@@ -162,6 +162,12 @@ class FaultOptions(BlockdevOptions, frozen=True, kw_only=True):
     rules: Annotated[list[FaultRule], Meta(description="rules, in the order in which they are asked")] = field(
         default_factory=list
     )
+    record: Annotated[
+        str | UnsetType, Meta(description="file that rules, changes and decisions are recorded in; it is overwritten")
+    ] = UNSET
+    replay: Annotated[str | UnsetType, Meta(description="recording to repeat, in place of seed, state and rules")] = (
+        UNSET
+    )
 
 
 # --- what goes together --------------------------------------------------------------------------

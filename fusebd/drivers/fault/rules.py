@@ -15,13 +15,14 @@ so when that is announced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from fusebd.block.caller import current_request
-from fusebd.block.options import Json
+from fusebd.block.options import Json, OptionStruct, Size
 from fusebd.drivers.fault.actions import ACTIONS, Action, Medium, Outcome, Plan, Request
 from fusebd.drivers.fault.chance import Dice
 from fusebd.drivers.fault.options import KINDS, OPERATIONS, FaultRule, check_rule, rule_members
@@ -31,6 +32,31 @@ from fusebd.errors import CommandError, OptionError
 
 def _same(pid: int, thread: int) -> bool:
     return pid == thread
+
+
+class RuleProgress(OptionStruct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a rule has come.  *added* is a time in seconds; *left* the bytes that disk-full lets through."""
+
+    matches: Size = 0
+    hits: Size = 0
+    spent: bool = False
+    armed: bool | UnsetType = UNSET
+    added: float | UnsetType = UNSET
+    left: Size | UnsetType = UNSET
+    dice: str | UnsetType = UNSET
+
+
+def operations_of(options: FaultRule, ranges: Ranges) -> frozenset[str]:
+    """The kinds of requests that a rule with *options* has to be asked about; none if it acts on events alone."""
+    if options.action == "set-state" and options.event not in (UNSET, "none"):
+        return frozenset()
+    kind = KINDS[options.action]
+    operations = kind.usual if options.operations is UNSET else options.operations
+    if options.transient is True:
+        operations = ["read"]
+    if not ranges.everything:  # a flush has no place
+        operations = [operation for operation in operations if operation != "flush"]
+    return frozenset(operations)
 
 
 class Rule:
@@ -48,22 +74,15 @@ class Rule:
         self.event = None if options.event in (UNSET, "none") else str(options.event)
         self.armed = self.event is None
         self.spent = self.removed = False
-        kind = KINDS[options.action]
-        operations = kind.usual if options.operations is UNSET else options.operations
-        if options.transient is True:
-            operations = ["read"]
-        if not ranges.everything:  # a flush has no place
-            operations = [operation for operation in operations if operation != "flush"]
         #: set the state when the event is announced, whatever the requests
         self.on_event = options.action == "set-state" and self.event is not None
         self.armed |= self.on_event
-        self.operations = frozenset[str]() if self.on_event else frozenset[str](operations)
+        self.operations = operations_of(options, ranges)
         # of a rule with an event, the state counts when that is announced
         self._state = 0 if options.state is UNSET or self.event is not None else int(options.state)
         self._least = 0 if options.min_size is UNSET else int(options.min_size)
         self._most = 1 << 64 if options.max_size is UNSET else int(options.max_size)
-        self._from = added + (0.0 if options.after is UNSET else options.after)
-        self._until = None if options.until is UNSET else added + options.until
+        self._begin(added)
         self._timed = options.after is not UNSET or options.until is not UNSET
         self._by_caller = options.pid is not UNSET or options.uid is not UNSET
         first = 1 if options.nth is UNSET else options.nth
@@ -72,6 +91,11 @@ class Rule:
             first = self._every
         self._first = first
         self._counts = options.nth is not UNSET or options.every is not UNSET
+
+    def _begin(self, added: float) -> None:
+        self._added = added
+        self._from = added + (0.0 if self.options.after is UNSET else self.options.after)
+        self._until = None if self.options.until is UNSET else added + self.options.until
 
     def holds(
         self, request: Request, medium: Medium, state: int, clock: Callable[[], float], same: Callable[[int, int], bool]
@@ -123,6 +147,42 @@ class Rule:
         if once or (self.options.times is not UNSET and self.hits >= self.options.times):
             self.spent = True
         return True
+
+    def next_boundary(self, after: float) -> float:
+        """The next time, in seconds, at which the rule begins or ceases to hold; infinity if there is none."""
+        if not self._timed or self.spent:
+            return math.inf
+        ends = (self._from, math.inf if self._until is None else self._until)
+        return min((end for end in ends if end > after), default=math.inf)
+
+    def progress(self, now: float) -> RuleProgress | None:
+        """How far it has come; None if it is as one that is added at the time *now*."""
+        initially_armed = self.event is None or self.on_event
+        left = self.action.left
+        made = RuleProgress(
+            matches=self.matches,
+            hits=self.hits,
+            spent=self.spent,
+            armed=UNSET if self.armed is initially_armed else self.armed,
+            added=self._added if self._timed and self._added != now else UNSET,
+            left=UNSET if left is None or left == self.options.after_bytes else left,
+            dice=UNSET if self.dice.is_fresh else self.dice.state,
+        )
+        return None if made == RuleProgress() else made
+
+    def restore(self, progress: RuleProgress) -> None:
+        """Be as far as *progress* says.  Raises OptionError."""
+        self.matches, self.hits, self.spent = progress.matches, progress.hits, progress.spent
+        if progress.armed is not UNSET:
+            self.armed = progress.armed
+        if progress.added is not UNSET:
+            self._begin(progress.added)
+        if progress.left is not UNSET:
+            if self.action.left is None:
+                raise OptionError(f"Parameter 'left' is not for rule '{self.id}'")
+            self.action.left = progress.left
+        if progress.dice is not UNSET:
+            self.dice.restore(progress.dice)
 
     def describe(self) -> dict[str, Json]:
         """What it is, and what it has done so far."""
@@ -187,6 +247,10 @@ class RuleSet:
         """The length that the rules make up, in bytes; None if they do not."""
         return next((int(rule.options.advertised) for rule in self if rule.options.advertised is not UNSET), None)
 
+    def next_boundary(self, after: float) -> float:
+        """The next time, in seconds, at which a rule begins or ceases to hold; infinity if there is none."""
+        return min((rule.next_boundary(after) for rule in self), default=math.inf)
+
     # -- coming and going -----------------------------------------------------------------------
 
     def add(self, options: FaultRule) -> Rule:
@@ -206,6 +270,11 @@ class RuleSet:
         if options.at_rest is not True:
             self._index()
         return rule
+
+    def restore(self, options: FaultRule, progress: RuleProgress) -> None:
+        """Add the rule that *options* describe, and that has come as far as *progress* says.  Raises OptionError."""
+        self.add(options).restore(progress)
+        self._index()
 
     def _next_number(self) -> str:
         self._numbered += 1
