@@ -266,15 +266,22 @@ class KernelLog:
     def wait_for(self, text: str) -> bool:
         """Whether *text* is in it, after some seconds at most."""
         for _ in range(100):
-            try:
-                while True:
-                    self._text += os.read(self._descriptor, 8192).decode(errors="replace")
-            except BlockingIOError:
-                pass
-            if text in self._text:
+            if self.has(text):
                 return True
             time.sleep(0.05)
         return False
+
+    def has(self, text: str) -> bool:
+        """Whether *text* is in it by now."""
+        return text in self.text()
+
+    def text(self) -> str:
+        """All of it by now."""
+        try:
+            while True:
+                self._text += os.read(self._descriptor, 8192).decode(errors="replace")
+        except BlockingIOError:
+            return self._text
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -188,10 +188,15 @@ async def test_errors_are_put_down_to_the_node_that_has_a_name(graph: Graph) -> 
     graph.event_listeners.append(lambda event, data: events.append((event, data)))
     with pytest.raises(BlockIOError):
         await write(root, 512, bytes(1024))
-    assert [(event, data["node-name"]) for event, data in events] == [("BLOCK_IO_ERROR", "disk")]
-    (entry,) = graph.ledger
-    assert entry.pop("time") > 0
-    assert entry == {
-        "id": 1, "kind": "error", "node-name": "disk", "operation": "write", "offset": 512, "length": 1024, "errno": 5,
-    }  # fmt: skip
+    assert [(event, data["node-name"]) for event, data in events] == [
+        ("FAULT_INJECTED", "disk"),
+        ("BLOCK_IO_ERROR", "disk"),
+    ]
+    entries = list(graph.ledger)
+    assert all(entry.pop("time") > 0 for entry in entries)
+    where = {"node-name": "disk", "operation": "write", "offset": 512, "length": 1024, "errno": 5}
+    assert entries == [
+        {"id": 1, "kind": "fault", "rule": "1", "action": "error", **where},
+        {"id": 2, "kind": "error", **where},
+    ]
     await graph.detach_root(root)

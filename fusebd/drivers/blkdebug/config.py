@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from fusebd.block.options import Json, Option, convert, declared_options
-from fusebd.drivers.blkdebug.rules import InjectErrorOptions, SetStateOptions
+from fusebd.drivers.blkdebug.rules import IDENTIFIER, InjectErrorOptions, SetStateOptions
 from fusebd.errors import OpenError, OptionError
 
 #: QEMU reads lines into a buffer of this many bytes, the terminating zero included
@@ -29,7 +29,6 @@ _MAX_SIZE = 1 << 20
 
 _SECTION = re.compile(r'\[\s*([^\s"\]]+)(?:\s*"([^"]*)")?\s*\]')
 _SETTING = re.compile(r'\s*(\S{1,63})\s*=\s*"([^"]*)"')
-_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 _NUMBER = re.compile(r"\s*[+-]?(?:0[xX][0-9a-fA-F]+|[0-9]+)\Z")
 
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
@@ -121,7 +120,7 @@ def _open_section(line: str, where: str, number: int, ids: set[tuple[str, str]])
     if name not in _SECTIONS:
         raise OptionError(f"{where}: There is no option group '{name}'")
     if ident is not None:
-        if not _IDENTIFIER.match(ident):
+        if not IDENTIFIER.match(ident):
             raise OptionError(f"{where}: Parameter 'id' expects an identifier")
         if (name, ident) in ids:
             raise OptionError(f"{where}: Duplicate ID '{ident}' for {name}")

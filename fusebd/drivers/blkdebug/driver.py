@@ -1,7 +1,8 @@
 """blkdebug: fail chosen requests at chosen moments, stop them, and tell the layers above about limits.
 
 Parents announce what they are about to do on their child's ``debug_event``; rules (``rules.py``) turn such
-events into errors for the requests that follow.  The limits are kept by the edge above.
+events into errors for the requests that follow; breakpoints (``stops.py``) hold whoever announces them.  Rules and
+breakpoints come and go by commands, and each injected error is in the ledger.  The limits are kept by the edge above.
 
 Options: QAPI BlockdevOptionsBlkdebug.  Behaviour: QEMU block/blkdebug.c, docs/devel/testing/blkdebug.rst.
 """
@@ -151,7 +152,7 @@ def _unmet(name: str, value: int) -> OptionError:
 @register("blkdebug", BlkdebugOptions)
 class Blkdebug(FilterDriver):
     """Requests suspend where ``image`` does, one trip through the scheduler where a rule without ``immediately``
-    fails them, and as long as a breakpoint holds them.
+    fails them, and as long as a breakpoint holds them.  While the node is drained, none does.
     """
 
     protocol_prefix: ClassVar[str | None] = "blkdebug"
@@ -274,7 +275,7 @@ class Blkdebug(FilterDriver):
         self.node.graph.ledger.record_fault(
             self.node,
             rule=rule.id,
-            action="errno",
+            action="error",
             operation=io_type,
             offset=offset,
             length=length,

@@ -38,7 +38,8 @@ SECTOR_SIZE = 512
 FIRST_STATE = 1
 #: the kernel takes no larger errno in the answer to a FUSE request
 _MAX_ERRNO = 511
-_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,126}\Z")
+#: what a rule can be called
+IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 
 
 class InjectErrorOptions(OptionStruct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ class BlkdebugRule(OptionStruct, frozen=True, kw_only=True):
 
     def options(self) -> InjectErrorOptions | SetStateOptions:
         """The one of the two that was given.  Raises OptionError, also for an id that is no identifier."""
-        if self.id is not UNSET and not _IDENTIFIER.match(self.id):
+        if self.id is not UNSET and not IDENTIFIER.match(self.id):
             raise OptionError("Parameter 'id' expects an identifier")
         given = [options for options in (self.inject_error, self.set_state) if options is not UNSET]
         if len(given) != 1:
