@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 from mounting import check_image, run
 
-__all__ = ["check_image", "content", "create", "info", "io", "patch", "u16", "u32", "u64"]
+__all__ = ["after_power_cut", "check_image", "content", "create", "info", "io", "patch", "u16", "u32", "u64"]
 
 
 def create(
-    path: Path, size: int | str, *, backing: str | Path | None = None, backing_format: str = "qcow2", **options: object
+    path: Path, size: int | str, *, backing: str | Path | None = None, backing_format: str = "qcow2", **options: Any
 ) -> Path:
     """A new image at *path*; *options* are those of ``qemu-img create -o``."""
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
@@ -52,6 +53,26 @@ def patch(path: Path, *edits: tuple[int, bytes]) -> Path:
             file.seek(offset)
             file.write(data)
     return path
+
+
+def after_power_cut(disk: bytes, journal: Sequence[tuple[int, bytes] | None], rng: random.Random) -> bytes:
+    """What is on the disk if power fails at the end of *journal*: all up to the last flush, of the rest any sectors."""
+    flushed = max((at for at, entry in enumerate(journal) if entry is None), default=0)
+    changed = bytearray(disk)
+    for at, entry in enumerate(journal):
+        if entry is None:
+            continue
+        offset, data = entry
+        changed.extend(bytes(max(0, offset + len(data) - len(changed))))
+        if at < flushed:
+            changed[offset : offset + len(data)] = data
+            continue
+        kept = rng.choice([0.0, 0.5, 1.0])
+        for start in range(0, len(data), 512):
+            if rng.random() < kept:
+                sector = data[start : start + 512]
+                changed[offset + start : offset + start + len(sector)] = sector
+    return bytes(changed)
 
 
 def u16(value: int) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Annotated
+from dataclasses import astuple
+from typing import Annotated, Any, ClassVar
 
 import trio
 from msgspec import Meta
@@ -30,6 +31,8 @@ class MemoryOptions(BlockdevOptions, frozen=True, kw_only=True):
 @register("test-memory", MemoryOptions)
 class Memory(ProtocolDriver):
     """A bytearray.  ``log`` has every request that arrived: (operation, offset, length)."""
+
+    changeable: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, node: Node, options: MemoryOptions) -> None:
         super().__init__(node)
@@ -112,6 +115,31 @@ def memory_of(graph: Graph, name: str) -> Memory:
     return driver
 
 
+def snapshot(graph: Graph) -> dict[str, Any]:
+    """All there is about nodes and edges, the drivers' own state included: equal to another one if nothing changed."""
+    found: dict[str, Any] = {name: _state(node) for name, node in graph.nodes.items()}
+    found["roots"] = {root: root._gate for root in graph.roots}
+    found["drains"] = list(graph._drains)
+    found["unready"] = set(graph.unready)
+    return found
+
+
+def _state(node: Node) -> dict[str, Any]:
+    driver = {name: value for name, value in vars(node.driver).items() if name not in ("_cautious_until", "limits")}
+    edges = [(edge, edge.role, edge.perm, edge.shared, edge.driver, edge._mask) for edge in node.parents]
+    kept = {name: value for name, value in vars(node).items() if name not in ("parents", "children", "counters")}
+    # a flush may have come before
+    kept.pop("flushed_generation")
+    return {
+        **kept,
+        "own_options": list(node.own_options.items()),
+        "effective_options": dict(node.effective_options),
+        "driver": (node.driver, driver, astuple(node.driver.limits)),
+        "parents": edges,
+        "children": [(name, edge, edge.node) for name, edge in node.children.items()],
+    }
+
+
 class SuspendsOptions(BlockdevOptions, frozen=True, kw_only=True):
     file: BlockdevRef
     most: Size = 1
@@ -170,13 +198,15 @@ class RecorderOptions(BlockdevOptions, frozen=True, kw_only=True):
 class Recorder(FilterDriver):
     """Stands where blkdebug would: ``events`` has what the node above announced.
 
-    The first request after event number *fail_at*, counting from 0, fails with EIO.
+    The first request after event number *fail_at*, counting from 0, fails with EIO.  ``journal`` has what was written:
+    (offset, bytes), and None for a flush.
     """
 
     def __init__(self, node: Node, file: Child) -> None:
         super().__init__(node, file)
         self.events: list[str] = []
         self.fail_at = -1
+        self.journal: list[tuple[int, bytes] | None] = []
         self._failing = False
         self.debug_event = self._record
 
@@ -200,18 +230,22 @@ class Recorder(FilterDriver):
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         self._check("write")
+        self.journal.append((offset, b"".join(bufs)))
         await self.file.pwritev(offset, bufs, flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         self._check("write zeroes")
+        self.journal.append((offset, bytes(length)))
         await self.file.pwrite_zeroes(offset, length, flags)
 
     async def pdiscard(self, offset: int, length: int) -> None:
         self._check("discard")
+        self.journal.append((offset, bytes(length)))
         await self.file.pdiscard(offset, length)
 
     async def flush_to_disk(self) -> None:
         self._check("flush")
+        self.journal.append(None)
 
 
 def recorder_of(graph: Graph, name: str) -> Recorder:

@@ -188,9 +188,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_backing_file_is_found_by_its_name(
-    bases: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_backing_file_is_found_by_its_name(bases: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bases / "other")
     path = overlay(bases / "image", NAMES[name].format(dir=bases))
     assert await read_only(path) == (bases / "base.raw").read_bytes()
@@ -222,7 +220,16 @@ NOT_FOUND = {
     "missing": ("missing", "Could not open '{dir}/missing': No such file or directory"),
     "directory": ("other", "'file' driver requires '{dir}/other' to be a regular file"),
     "unknown protocol": ("nosuch:x", "Unknown protocol 'nosuch'"),
-    "json nonsense": ("json:{", "Could not parse the JSON options: JSON parse error, expecting value"),
+    "no protocol": (":x", "Unknown protocol ''"),
+    "json of an unknown driver": ('json:{"driver":"nosuch"}', "Unknown driver 'nosuch'"),
+    "json of nothing": ("json:", "Could not parse the JSON options: Expecting a JSON value"),
+    "json without a file": ("json:{}", "Must specify either driver or file"),
+    "json of a missing node": (
+        'json:{"driver":"raw","file":"node"}',
+        "Cannot find device='node' nor node-name='node'",
+    ),
+    "no file name": ("file:", "The 'file' block driver requires a file name"),
+    "json nonsense": ("json:{", "Could not parse the JSON options: JSON parse error, premature EOI"),
     "json list": ("json:[]", "Invalid JSON object given"),
     "blkdebug without a colon": ("blkdebug:x", "blkdebug requires both config file and image path"),
 }
@@ -234,9 +241,7 @@ async def test_a_backing_file_that_cannot_be_opened_is_named(graph: Graph, bases
     path = overlay(bases / "image", stored)
     with pytest.raises(FusebdError) as caught:
         await add(graph, path)
-    assert str(caught.value).startswith("Could not open backing file: ")
-    if name != "json nonsense":
-        assert str(caught.value) == "Could not open backing file: " + message.format(dir=bases)
+    assert str(caught.value) == "Could not open backing file: " + message.replace("{dir}", str(bases))
     assert graph.nodes == {}
     assert len(await opened(path, backing=None)) == M
 
@@ -245,7 +250,7 @@ async def test_an_unknown_backing_format_is_named(graph: Graph, bases: Path) -> 
     path = create(bases / "image", M, backing=bases / "base.raw", backing_format="raw")
     at = path.read_bytes().index(u32(ondisk.EXT_BACKING_FORMAT))
     patch(path, (at + 8, b"row"))
-    with pytest.raises(FusebdError, match="Could not open backing file: .*'row'"):
+    with pytest.raises(FusebdError, match="Could not open backing file: Unknown driver 'row'"):
         await add(graph, path)
 
 
@@ -289,10 +294,7 @@ async def test_a_backing_node_in_the_options_goes_before_the_one_in_the_image(ba
 async def test_a_backing_node_that_does_not_exist_is_named(graph: Graph, bases: Path) -> None:
     with pytest.raises(FusebdError) as caught:
         await add(graph, create(bases / "image", M), backing="nosuch")
-    assert (
-        str(caught.value)
-        == "Could not open backing file: Cannot find device='nosuch' nor node-name='nosuch'"
-    )
+    assert str(caught.value) == "Could not open backing file: Cannot find device='nosuch' nor node-name='nosuch'"
 
 
 async def test_a_backing_file_is_open_for_reading_only(graph: Graph, bases: Path) -> None:
@@ -425,7 +427,7 @@ async def test_images_that_qemu_io_wrote_are_read_and_worked_on(
 # --- snapshots -----------------------------------------------------------------------------------
 
 
-def with_snapshots(path: Path, **options: object) -> Path:
+def with_snapshots(path: Path, **options: Json) -> Path:
     create(path, M, **options)
     for number, name in enumerate(["one", "two", "drei \N{LATIN SMALL LETTER U WITH DIAERESIS}"]):
         io(path, f"write -P {number + 1} {number * 32}k 64k")
@@ -465,10 +467,8 @@ async def test_writes_leave_snapshots_as_they_are(graph: Graph, tmp_path: Path) 
 
 
 OVERLAPS = {
-    "inactive-l1": (lambda header, snapshot, l2: snapshot, "inactive L1 table"),
-    "inactive-l2": (lambda header, snapshot, l2: l2, "inactive L2 table"),
-    "snapshot-table": (lambda header, snapshot, l2: header["snapshots_offset"], "snapshot table"),
-}
+    "inactive-l1": "inactive L1 table", "inactive-l2": "inactive L2 table", "snapshot-table": "snapshot table",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("check", ["none", "constant", "cached", "all"])
@@ -480,8 +480,9 @@ async def test_tables_of_snapshots_are_protected_as_asked(graph: Graph, tmp_path
     snapshot_l1 = ondisk.SNAPSHOT.parse(data[header["snapshots_offset"] :]).l1_table_offset
     snapshot_l2 = int.from_bytes(data[snapshot_l1 : snapshot_l1 + 8], "big") & ondisk.OFFSET_MASK
     active_l2 = int.from_bytes(data[header["l1_table_offset"] :][:8], "big") & ondisk.OFFSET_MASK
-    find, called = OVERLAPS[name]
-    target = find(header, snapshot_l1, snapshot_l2)
+    target = {
+        "inactive-l1": snapshot_l1, "inactive-l2": snapshot_l2, "snapshot-table": header["snapshots_offset"],
+    }[name]  # fmt: skip
     # The last cluster of the disk is said to be where the table is.
     patch(path, (header["l1_table_offset"], u64(active_l2 | ondisk.COPIED)))
     patch(path, (active_l2 + 8 * 15, u64(target | ondisk.COPIED)))
@@ -489,7 +490,7 @@ async def test_tables_of_snapshots_are_protected_as_asked(graph: Graph, tmp_path
     await add(graph, path, **{"overlap-check": check})
     root = root_of(graph, "disk")
     if name in protected.get(check, OVERLAPS):
-        with pytest.raises(BlockIOError, match=rf"overlaps with {called}"):
+        with pytest.raises(BlockIOError, match=f"overlaps with {OVERLAPS[name]}"):
             await write(root, M - 512, b"x" * 512)
     else:
         await write(root, M - 512, b"x" * 512)
@@ -511,9 +512,7 @@ def killed(path: Path, *commands: str) -> Path:
 async def test_an_image_that_was_not_closed_is_repaired(
     graph: Graph, tmp_path: Path, refcount_bits: int, cluster_size: int
 ) -> None:
-    path = create(
-        tmp_path / "image", M, lazy_refcounts="on", refcount_bits=refcount_bits, cluster_size=cluster_size
-    )
+    path = create(tmp_path / "image", M, lazy_refcounts="on", refcount_bits=refcount_bits, cluster_size=cluster_size)
     killed(path, "write -P 1 0 300k", "write -P 2 700k 100k", "write -z 10k 40k", "discard 100k 64k")
     before = content(path)
     await add(graph, path)
@@ -638,7 +637,7 @@ async def test_a_resized_image_keeps_what_stays_and_has_zeroes_behind_it(
     model = bytearray(random.Random(9).randbytes(M))
     await add(graph, path)
     root = root_of(graph, "disk")
-    await write(root, 0, model)
+    await write(root, 0, bytes(model))
     for size in (300 * K + 512, M, 3 * M, 512, 2 * M, 0, M + 512):
         await graph.block_resize("disk", size)
         del model[size:]
@@ -704,7 +703,8 @@ async def test_what_is_new_can_be_preallocated(graph: Graph, tmp_path: Path, mod
     await root.truncate(M, prealloc=mode)
     assert await read(root, 0, M) == b"\1" * (300 * K) + bytes(724 * K)
     status = await block_status(root.node, 512 * K, 512 * K)
-    assert status.flags & Status.OFFSET_VALID and status.length == 512 * K
+    assert status.flags & Status.OFFSET_VALID
+    assert status.length == 512 * K
     await graph.close()
     check_image(path)
     if mode != "metadata":

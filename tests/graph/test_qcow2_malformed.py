@@ -1,16 +1,10 @@
-"""Images that are not what they should be: refused in QEMU's words, or opened and found out later, and nothing worse."""
+"""Images that are not what they should be: refused in QEMU's words, or found out later, and nothing worse."""
 
 from __future__ import annotations
 
 import errno
-import logging
-import os
-import random
-import re
-import resource
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +12,8 @@ from typing import Any
 import pytest
 from images import create, io, patch, u16, u32, u64
 from mounting import run
-from support import READ_WRITE, read, root_of, write
+from support import read, root_of, write
 
-from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import MAY_UNMAP, Root
 from fusebd.block.graph import Graph
 from fusebd.block.opening import MAX_CHAIN
@@ -234,9 +227,7 @@ async def test_what_qemu_opens_is_opened(graph: Graph, empty: Path, tmp_path: Pa
 # --- the corrupt bit -----------------------------------------------------------------------------
 
 
-async def test_a_corrupt_image_is_refused_for_writing_and_read_otherwise(
-    graph: Graph, tmp_path: Path
-) -> None:
+async def test_a_corrupt_image_is_refused_for_writing_and_read_otherwise(graph: Graph, tmp_path: Path) -> None:
     path = create(tmp_path / "image", "1M")
     io(path, "write -P 5 0 64k")
     patch(path, (ondisk.INCOMPATIBLE_OFFSET, u64(ondisk.INCOMPAT_CORRUPT)))
@@ -446,7 +437,7 @@ def test_qemu_itself_calls_the_corruption_so(used: dict[str, Path], tmp_path: Pa
     corruption = CORRUPTIONS[name]
     path = patch(Path(shutil.copy(used[corruption.compat], tmp_path / "image")), *corruption.edits)
     said = io(path, corruption.request, expect=(0, 1))
-    assert f"qcow2: Marking image as corrupt: {corruption.message}; further corruption events will be suppressed" in said
+    assert f"qcow2: Marking image as corrupt: {corruption.message}; further corruption events" in said
 
 
 @pytest.mark.parametrize("name", [name for name in CORRUPTIONS if CORRUPTIONS[name].request.startswith("read")])
@@ -574,7 +565,8 @@ async def test_images_that_back_each_other_are_refused(graph: Graph, tmp_path: P
         named(tmp_path / name, backing)
     for read_only in (False, True):
         message = await refusal(graph, tmp_path / "a", read_only=read_only)
-        assert re.fullmatch(r"(Could not open backing file: ){3}Backing file '.*/a' creates an infinite loop\.", message)
+        assert message.startswith("Could not open backing file: " * 3 + "Backing file '")
+        assert message.endswith("/a' creates an infinite loop.")
 
 
 @pytest.mark.parametrize(
@@ -608,16 +600,6 @@ async def test_a_chain_that_is_too_long_is_refused_in_one_line(graph: Graph, tmp
 
 
 # --- images that would take much memory or time --------------------------------------------------
-
-
-@pytest.fixture
-def limited_memory() -> Iterator[None]:
-    """A process that may grow by 512 MiB: whatever takes more fails with MemoryError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + (512 << 20), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.usefixtures("limited_memory")
@@ -711,131 +693,3 @@ async def test_a_dirty_image_that_cannot_be_right_is_not_repaired(
         await graph.blockdev_add(disk(path))
         await graph.blockdev_del("disk")
     await graph.blockdev_add(disk(path, read_only=True))
-
-
-# --- truncated and mutated images ----------------------------------------------------------------
-
-
-async def exercise(path: Path, *, read_only: bool) -> bool:
-    """Open the image and do a little of everything; whether it could be opened.  Only FusebdErrors are expected."""
-    graph = Graph()
-    try:
-        try:
-            node = await graph.blockdev_add(disk(path, read_only=read_only, cache={"no-flush": True}))
-        except FusebdError:
-            return False
-        root = root_of(graph, "disk", Perm.CONSISTENT_READ if read_only else READ_WRITE | Perm.RESIZE)
-        length = root.length
-        part = min(length, 40 << 10)
-        requests: list[Any] = [read(root, 0, part), read(root, length - part, part)]
-        if not read_only and part:
-            requests += [
-                write(root, part // 2, b"x" * (part // 3)),
-                root.pwrite_zeroes(0, part // 4, MAY_UNMAP),
-                root.pdiscard(part // 4, part // 4),
-                root.flush(),
-                root.truncate(length // 2 // 512 * 512),
-                root.truncate(length),
-                write(root, length - part, b"y" * part),
-                read(root, 0, part),
-            ]
-        for request in requests:
-            try:
-                await request
-            except FusebdError:
-                pass
-        try:
-            for _ in range(20):
-                await block_status_above(node, 0, length)
-        except FusebdError:
-            pass
-        return True
-    finally:
-        await graph.close()
-
-
-def sources(directory: Path) -> dict[str, Path]:
-    """Small images that have everything."""
-    base = create(directory / "base", "200k", cluster_size=512)
-    io(base, "write -P 7 0 200k")
-    images = {}
-    for name, options in {
-        "v3": {"cluster_size": 512},
-        "v2": {"cluster_size": 512, "compat": "0.10"},
-        "wide": {"cluster_size": 1024, "refcount_bits": 64, "lazy_refcounts": "on"},
-    }.items():
-        path = images[name] = create(directory / name, "256k", backing=base, **options)
-        io(path, "write -P 1 5k 30k", "write -c -P 2 64k 1k", "write -z 20k 4k")
-        run("qemu-img", "snapshot", "-c", "one", path)
-        io(path, "write -P 3 10k 3k")
-        if name == "v3":
-            run("qemu-img", "bitmap", "--add", path, "bitmap")
-    return images
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return sources(tmp_path_factory.mktemp("small"))
-
-
-@pytest.mark.usefixtures("limited_memory")
-@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
-async def test_a_truncated_image_opens_or_is_refused(small: dict[str, Path], tmp_path: Path, name: str) -> None:
-    data = small[name].read_bytes()
-    lengths = {*range(0, 130, 3), *range(0, len(data), 509), *range(0, 16384, 256)}
-    opened = 0
-    for length in sorted(lengths):
-        path = tmp_path / "image"
-        path.write_bytes(data[:length])
-        opened += await exercise(path, read_only=bool(length % 2))
-    assert 0 < opened < len(lengths)
-
-
-#: words that tend to hurt
-NASTY = [0, 1, 2, 0x1FF, 0x200, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 512, 2**63, 2**64 - 512, 2**64 - 1]
-
-
-def mutated(data: bytes, rng: random.Random, tables: list[int]) -> bytes:
-    """*data* with some bytes, words and flags changed, mostly where metadata is: in the header or one of *tables*."""
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        start = rng.choice([0, 0, *tables])
-        at = start + rng.randrange(112 if not start else 512)
-        at = min(at, len(changed) - 8)
-        kind = rng.randrange(5)
-        if kind == 0:
-            changed[at] = rng.randrange(256)
-        elif kind == 1:
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            at &= ~7
-            changed[at : at + 8] = u64(rng.choice(NASTY))
-        elif kind == 3:
-            at &= ~3
-            changed[at : at + 4] = u32(rng.choice(NASTY) % 2**32)
-        else:
-            at &= ~7
-            other = rng.randrange(0, len(data) - 8, 8)
-            changed[at : at + 8] = data[other : other + 8]
-    return bytes(changed)
-
-
-@pytest.mark.usefixtures("limited_memory")
-@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
-async def test_a_mutated_image_opens_or_is_refused(
-    small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    caplog.set_level(logging.CRITICAL)  # thousands of corruptions
-    data = small[name].read_bytes()
-    header = ondisk.parse_header(data[:112])
-    tables = [header["refcount_table_offset"], header["l1_table_offset"], header["snapshots_offset"]]
-    tables += [int.from_bytes(data[at : at + 8], "big") & ondisk.OFFSET_MASK for at in tables[:2]]
-    opened = 0
-    path = tmp_path / "image"
-    for seed in range(1000):
-        path.write_bytes(mutated(data, random.Random(seed), tables))
-        try:
-            opened += await exercise(path, read_only=seed % 4 == 0)
-        except Exception as error:
-            pytest.fail(f"seed {seed}: {error!r}")
-    assert 100 < opened < 1000

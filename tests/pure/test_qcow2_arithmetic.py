@@ -18,7 +18,7 @@ from fusebd.ondisk import qcow2 as ondisk
 
 BLOCK = 16  #: bytes of the refcount blocks here; every width fills them without a rest
 every_order = pytest.mark.parametrize("order", range(7))
-repeatable = settings(deadline=None, derandomize=True)
+repeatable = settings(deadline=None, derandomize=True, max_examples=50)
 
 
 # --- refcounts -----------------------------------------------------------------------------------
@@ -42,7 +42,8 @@ def block_of(order: int, counts: list[int]) -> bytearray:
     # Within a byte the first entry is in the least significant bits.
     per_byte = 8 // bits
     return bytearray(
-        sum(counts[at + number] << number * bits for number in range(per_byte)) for at in range(0, len(counts), per_byte)
+        sum(counts[at + number] << number * bits for number in range(per_byte))
+        for at in range(0, len(counts), per_byte)
     )
 
 
@@ -245,7 +246,6 @@ def test_the_metadata_map_finds_every_overlap_and_no_other(seed: int) -> None:
 def test_the_metadata_map_finds_areas_that_are_not_remembered_cluster_by_cluster() -> None:
     metadata = MetadataMap(1 | 4, CLUSTER_BITS)
     metadata.add(1, 5 * CLUSTER, CLUSTER)
-    assert metadata.simple
     metadata.set_areas(4, [(40 * CLUSTER, 3 * CLUSTER), (20 * CLUSTER, 1 << 50), (41 * CLUSTER, 10)])
     assert not metadata.simple
     found = {place: metadata.overlap(place * CLUSTER, 1) for place in (4, 5, 6, 19, 20, 41, 1 << 30, 1 << 40)}

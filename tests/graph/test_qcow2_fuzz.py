@@ -1,0 +1,153 @@
+"""qcow2 images cut short or changed at random open or are refused: never another error, a hang, or much memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from images import create, io, u32, u64
+from mounting import run
+from support import READ_WRITE, read, root_of, write
+
+from fusebd.block.blockstatus import block_status_above
+from fusebd.block.child import MAY_UNMAP
+from fusebd.block.graph import Graph
+from fusebd.block.perms import Perm
+from fusebd.errors import FusebdError
+from fusebd.ondisk import qcow2 as ondisk
+
+pytestmark = pytest.mark.usefixtures("limited_memory")
+
+
+def disk(path: Path, *, read_only: bool) -> dict[str, Any]:
+    return {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "discard": "unmap",
+        "read-only": read_only,
+        "cache": {"no-flush": True},
+        "file": {"driver": "file", "filename": str(path)},
+    }
+
+
+async def exercise(path: Path, *, read_only: bool) -> bool:
+    """Open the image and do a little of everything; whether it could be opened.  Only FusebdErrors are expected."""
+    graph = Graph()
+    try:
+        try:
+            node = await graph.blockdev_add(disk(path, read_only=read_only))
+        except FusebdError:
+            return False
+        root = root_of(graph, "disk", Perm.CONSISTENT_READ if read_only else READ_WRITE | Perm.RESIZE)
+        length = root.length
+        part = min(length, 40 << 10)
+        requests: list[Any] = [read(root, 0, part), read(root, length - part, part)]
+        if not read_only and part:
+            requests += [
+                write(root, part // 2, b"x" * (part // 3)),
+                root.pwrite_zeroes(0, part // 4, MAY_UNMAP),
+                root.pdiscard(part // 4, part // 4),
+                root.flush(),
+                root.truncate(length // 2 // 512 * 512),
+                root.truncate(length),
+                write(root, length - part, b"y" * part),
+                read(root, 0, part),
+            ]
+        for request in requests:
+            with contextlib.suppress(FusebdError):
+                await request
+        with contextlib.suppress(FusebdError):
+            await block_status_above(node, 0, length)
+        return True
+    finally:
+        await graph.close()
+
+
+def sources(directory: Path) -> dict[str, Path]:
+    """Small images that have everything."""
+    base = create(directory / "base", "200k", cluster_size=512)
+    io(base, "write -P 7 0 200k")
+    images = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "v3": {"cluster_size": 512},
+        "v2": {"cluster_size": 512, "compat": "0.10"},
+        "wide": {"cluster_size": 1024, "refcount_bits": 64, "lazy_refcounts": "on"},
+    }
+    for name, options in kinds.items():
+        path = images[name] = create(directory / name, "256k", backing=base, **options)
+        io(path, "write -P 1 5k 30k", "write -c -P 2 64k 1k", "write -z 20k 4k")
+        run("qemu-img", "snapshot", "-c", "one", path)
+        io(path, "write -P 3 10k 3k")
+        if name == "v3":
+            run("qemu-img", "bitmap", "--add", path, "bitmap")
+    return images
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return sources(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+async def test_a_truncated_image_opens_or_is_refused(small: dict[str, Path], tmp_path: Path, name: str) -> None:
+    data = small[name].read_bytes()
+    lengths = {*range(0, 130, 3), *range(0, len(data), 509), *range(0, 16384, 256)}
+    opened = 0
+    for length in sorted(lengths):
+        path = tmp_path / "image"
+        path.write_bytes(data[:length])
+        opened += await exercise(path, read_only=bool(length % 2))
+    assert 0 < opened < len(lengths)
+
+
+#: words that tend to hurt
+NASTY = [0, 1, 2, 0x1FF, 0x200, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 512, 2**63, 2**64 - 512, 2**64 - 1]
+
+
+def mutated(data: bytes, rng: random.Random, tables: list[int]) -> bytes:
+    """*data* with some bytes, words and flags changed, mostly where metadata is: in the header or one of *tables*."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        start = rng.choice([0, 0, *tables])
+        at = start + rng.randrange(112 if not start else 512)
+        at = min(at, len(changed) - 8)
+        kind = rng.randrange(5)
+        if kind == 0:
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            at &= ~7
+            changed[at : at + 8] = u64(rng.choice(NASTY))
+        elif kind == 3:
+            at &= ~3
+            changed[at : at + 4] = u32(rng.choice(NASTY) % 2**32)
+        else:
+            at &= ~7
+            other = rng.randrange(0, len(data) - 8, 8)
+            changed[at : at + 8] = data[other : other + 8]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+async def test_a_mutated_image_opens_or_is_refused(
+    small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # thousands of corruptions
+    data = small[name].read_bytes()
+    header = ondisk.parse_header(data[:112])
+    tables = [header["refcount_table_offset"], header["l1_table_offset"], header["snapshots_offset"]]
+    tables += [int.from_bytes(data[at : at + 8], "big") & ondisk.OFFSET_MASK for at in tables[:2]]
+    opened = 0
+    path = tmp_path / "image"
+    for seed in range(1000):
+        path.write_bytes(mutated(data, random.Random(seed), tables))
+        try:
+            opened += await exercise(path, read_only=seed % 4 == 0)
+        except Exception as error:
+            pytest.fail(f"seed {seed}: {error!r}")
+    assert 100 < opened < 1000
