@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,3 +56,13 @@ def mount(scratch: Path, transport: str) -> Iterator[Callable[..., Mount]]:
     yield mount_nodes
     for mounted in mounts:
         mounted.sweep()
+
+
+@pytest.fixture
+def limited_memory() -> Iterator[None]:
+    """A process that may grow by 512 MiB: whatever takes more fails with MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + (512 << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -15,6 +15,7 @@ from fusebd.block.graph import Graph
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Size
 from fusebd.block.perms import Perm, Role
+from fusebd.drivers.file import File
 from fusebd.errors import BlockIOError, NotSupported
 
 READ_WRITE = Perm.CONSISTENT_READ | Perm.WRITE
@@ -125,11 +126,13 @@ def snapshot(graph: Graph) -> dict[str, Any]:
 
 
 def _state(node: Node) -> dict[str, Any]:
-    driver = {name: value for name, value in vars(node.driver).items() if name not in ("_cautious_until", "limits")}
     edges = [(edge, edge.role, edge.perm, edge.shared, edge.driver, edge._mask) for edge in node.parents]
-    kept = {name: value for name, value in vars(node).items() if name not in ("parents", "children", "counters")}
-    # a flush may have come before
-    kept.pop("flushed_generation")
+    # what has been written and flushed on the way does not count
+    passing = ("parents", "children", "counters", "write_generation", "flushed_generation")
+    kept = {name: value for name, value in vars(node).items() if name not in passing}
+    driver = {name: value for name, value in vars(node.driver).items() if name != "limits"}
+    if isinstance(node.driver, File):  # nor does what it has learnt about the host
+        driver = {"handle": node.driver.handle, "options": node.driver.options, "length": node.driver.length}
     return {
         **kept,
         "own_options": list(node.own_options.items()),

@@ -35,6 +35,7 @@ from fusebd.block.options import (
 )
 from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.block.qjson import loads
+from fusebd.block.reopening import Reopening
 from fusebd.block.status import BlockStatus, Status
 from fusebd.errors import NotSupported, OptionError
 
@@ -140,6 +141,13 @@ class Driver:
     #: whether children come and go while the node is open: see ``fusebd.block.membership``
     changes_children: ClassVar[bool] = False
 
+    #: own options, by their QAPI names, that ``blockdev-reopen`` can change; None: it cannot reopen the node at all
+    changeable: ClassVar[frozenset[str] | None] = None
+    #: those that it may leave out even if they were given before: they have their default then
+    resettable: ClassVar[frozenset[str]] = frozenset()
+    #: the driver's part in that
+    reopening: ClassVar[type[Reopening]] = Reopening
+
     #: what the monitor can have a node of this driver do, by the commands' names
     commands: ClassVar[dict[str, DriverCommand]] = {}
 
@@ -239,11 +247,20 @@ class Driver:
                 await child.flush()
         node.flushed_generation = generation
 
+    async def write_out(self) -> None:
+        """Keep nothing in memory alone that was written, or belongs to it: the children may be exchanged next."""
+        await self.flush()
+
     async def flush_to_os(self) -> None:
         """Write own caches out to the children."""
 
     async def flush_to_disk(self) -> None:
         """Have the host make durable what was written (fdatasync)."""
+
+    @property
+    def shows_child(self) -> bool:
+        """Whether the content is that of the primary child, from the first byte to the last."""
+        return self.is_filter
 
     # -- the host's file ------------------------------------------------------------------------
 
@@ -339,6 +356,7 @@ class FilterDriver(Driver):
     """
 
     is_filter = True
+    changeable: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, node: Node, file: Child) -> None:
         super().__init__(node)
@@ -437,6 +455,7 @@ def parse_blockdev(value: Json, prefix: str = "") -> BlockdevOptions:
     if not isinstance(value["driver"], str):
         raise OptionError(f"Invalid parameter type for '{prefix}driver', expected: string")
     options = convert(value, driver_class(value["driver"]).options_class, prefix)
+    options.keep_given(value)
     for name, ref in references(options):
         if ref.raw is not None:
             ref.options = parse_blockdev(ref.raw, f"{prefix}{name}.")

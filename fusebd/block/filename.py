@@ -26,7 +26,7 @@ Prober = Callable[[BlockdevOptions], Awaitable[str]]
 def has_prefix(name: str) -> bool:
     """Whether *name* begins with a protocol (``nbd:``), rather than being a path."""
     colon, slash = name.find(":"), name.find("/")
-    return colon > 0 and not 0 <= slash < colon
+    return colon >= 0 and not 0 <= slash < colon
 
 
 def resolve_relative(name: str, base: Node | None) -> str:
@@ -84,7 +84,10 @@ async def fill(tree: dict[str, Json], probe: Prober, *, protocol: bool) -> dict[
             file = tree.get("file") or {"filename": _take_filename(tree)}
             tree["file"] = await _filled_child(file, probe, protocol=True)
             tree["driver"] = await _probe_child(tree["file"], probe)
-    driver = driver_class(str(tree["driver"]))
+    try:
+        driver = driver_class(str(tree["driver"]))
+    except OptionError:
+        raise OptionError(f"Unknown driver '{tree['driver']}'") from None
     options = declared_options(driver.options_class)
     if driver.is_format and "filename" in tree:
         tree["file"] = {"filename": tree.pop("filename"), **(tree.get("file") or {})}

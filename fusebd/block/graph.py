@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import count
 from typing import Any
 
 import trio
@@ -25,7 +26,7 @@ from fusebd.block.fileviews import FileViews
 from fusebd.block.ledger import Ledger
 from fusebd.block.node import Inherited, Node
 from fusebd.block.objects import Objects
-from fusebd.block.opening import Opening, resolve_inherited
+from fusebd.block.opening import Opening, resolve_options
 from fusebd.block.options import BlockdevOptions, Json
 from fusebd.block.perms import Perm, Role, perm_names
 from fusebd.errors import BlockIOError, FusebdError, GraphError, PermissionConflict, ReadOnlyError
@@ -62,8 +63,11 @@ class Graph:
         self.node_listeners: list[Callable[[], None]] = []
         self.failure_listeners: list[Callable[[str], None]] = []
         self.close_failures: list[str] = []
+        self.name_numbers = count()
         self._anonymous = 0
-        self._drains: list[tuple[Node, set[Root]]] = []
+        #: nodes that are writable already, but are not ready to be written
+        self.unready: set[Node] = set()
+        self._drains: list[tuple[set[Node], set[Root]]] = []
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
         """Tell every listener of *event*."""
@@ -150,18 +154,18 @@ class Graph:
         the options of the node that is added it stands.
         Raises FusebdError; everything that was opened for it is closed again then.
         """
-        inherited = resolve_inherited(options, inherit, role)
+        own, effective = resolve_options(options, inherit, role)
         name = self._assign_name(options)
         cls = driver_class(options.driver)
-        node = Node(self, name, options, inherited)
-        if inherit is not None and options.discard is UNSET:
-            node.unmap = True
-        node.has_name = cls.protocol_prefix is not None
+        node = Node(self, name, options, own, effective)
+        if cls.protocol_prefix is not None:
+            node.take_name()
         node.described_as = described_as
         self.nodes[name] = node
         try:
             node.driver = await cls.open(Opening(self, node), options)
-            node.is_open = node.has_name = True
+            node.is_open = True
+            node.take_name()
             self.refresh_perms([node])
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -197,6 +201,9 @@ class Graph:
         node.is_open = False
         self.nodes.pop(node.name, None)
         children = [edge.node for edge in node.children.values()]
+        for child in children:
+            if child.inherits_from is node:
+                child.inherits_from = None
         for edge in node.children.values():
             edge.node.parents.remove(edge)
         node.children.clear()
@@ -297,6 +304,7 @@ class Graph:
 
         Raises PermissionConflict, ReadOnlyError.
         """
+        self._check_ready(node, perm)
         root = Root(node, description, report_errors=report_errors)
         root.perm, root.shared = perm, shared
         node.parents.append(root)
@@ -307,7 +315,7 @@ class Graph:
             raise
         self.roots.add(root)
         for drained, roots in self._drains:
-            if drained in self.subtree(node):
+            if not drained.isdisjoint(self.subtree(node)):
                 root.begin_drain()
                 roots.add(root)
         return root
@@ -315,12 +323,18 @@ class Graph:
     def set_root_perms(self, root: Root, perm: Perm, shared: Perm) -> None:
         """Change what *root* takes and shares.  Raises PermissionConflict, ReadOnlyError; nothing is changed then."""
         before = root.perm, root.shared
+        self._check_ready(root.node, perm & ~root.perm)
         root.perm, root.shared = perm, shared
         try:
             self.refresh_perms([root.node])
         except BaseException:
             root.perm, root.shared = before
             raise
+
+    def _check_ready(self, node: Node, perm: Perm) -> None:
+        """Refuse writing to nodes that would still be read-only if preparing them for it failed."""
+        if self.unready and perm & Perm.WRITE and not self.unready.isdisjoint(self.subtree(node)):
+            raise ReadOnlyError("Block node is read-only")
 
     async def detach_root(self, root: Root) -> None:
         """End *root*; its node is closed if nothing else uses it.  Waits for *root*'s requests."""
@@ -398,18 +412,18 @@ class Graph:
     # -- drain ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def drained(self, node: Node) -> AsyncIterator[None]:
-        """While in this context, no request is under way on *node*; new ones wait at the roots above it.
+    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
+        """While in this context, no request is under way on *nodes*; new ones wait at the roots above them.
 
         The caller holds ``lock``.
         """
-        trees = {root: tree for root in self.roots if node in (tree := self.subtree(root.node))}
+        trees = {root: tree for root in self.roots if not (tree := self.subtree(root.node)).isdisjoint(nodes)}
         for root in trees:
             root.begin_drain()
-        held = node, set(trees)  # and roots that come meanwhile
+        held = set(nodes), set(trees)  # and roots that come meanwhile
         self._drains.append(held)
         try:
-            with self._undelayed({node}.union(*trees.values())):
+            with self._undelayed(set(nodes).union(*trees.values())):
                 for root in trees:
                     await root.wait_idle()
                 yield
@@ -474,6 +488,10 @@ def _check_conflicts(node: Node) -> None:
 def _check_writable(node: Node, perm: Perm) -> None:
     """Refuse writing to a read-only node, and writing with an unaligned end that may not move."""
     if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED) and node.read_only:
+        if node.losing_write is not None:
+            # who has it open may be about to close it: then it is worth another try
+            reason = f"Read-only block node '{node.losing_write.name}' cannot support read-write users"
+            raise ReadOnlyError(reason, errno=errno.EBUSY)
         raise ReadOnlyError("Block node is read-only")
     alignment = node.driver.limits.request_alignment
     if perm & Perm.WRITE and not perm & Perm.RESIZE and node.driver.length % alignment:

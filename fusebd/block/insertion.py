@@ -68,11 +68,14 @@ async def remove_filter(graph: Graph, node_name: str) -> None:
             graph.views.chain_changing(node)
             _turn(graph, list(node.parents), below)
             node.monitor_owned = False
+            if below.inherits_from is node:
+                below.inherits_from = node.inherits_from
             if below.inserted_above is node:
                 below.inserted_above = node.inserted_above
-            above = node.inserted_above
-            if above is not None and above.inserted_over is not None:
-                above.inserted_over = below, above.inserted_over[1]
+            for edge in below.parents:
+                above = edge.parent
+                if above is not None and above.inserted_over is not None and above.inserted_over[0] is node:
+                    above.inserted_over = below, above.inserted_over[1]
             await graph.release(node)
     graph.nodes_changed()
 

@@ -94,7 +94,7 @@ def _flatten(name: str, value: Json, into: dict[str, Json]) -> None:
 
 def backing_overridden(node: Node) -> bool:
     """Whether *node* has another backing node than the one that its image names."""
-    named = node.driver.format_info().get("backing-filename", "")
+    named = node.opened_backing or node.driver.format_info().get("backing-filename", "")
     if node.backing is None:
         return bool(named)
     if getattr(node.options, "backing", UNSET) is UNSET:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fusebd.block.child import Child
     from fusebd.block.contentwatch import ContentWatch
     from fusebd.block.driver import Driver
+    from fusebd.block.flatoptions import Flat
     from fusebd.block.graph import Graph
     from fusebd.block.options import BlockdevOptions
 
@@ -56,6 +57,21 @@ class Inherited:
     cache_direct: bool = False
     cache_no_flush: bool = False
 
+    @classmethod
+    def of(cls, options: Flat) -> Inherited:
+        """Those of a node with *options*."""
+        return cls(*(bool(options.get(name, False)) for name in _INHERITED))
+
+    def as_options(self) -> Flat:
+        """The options; of those that are off by default, only what is on."""
+        values = (getattr(self, field.name) for field in fields(self))
+        found = dict(zip(_INHERITED, values, strict=True))
+        return {name: value for name, value in found.items() if value or name not in ("auto-read-only", "force-share")}
+
+
+#: the options of Inherited, in its order
+_INHERITED = ("read-only", "auto-read-only", "force-share", "cache.direct", "cache.no-flush")
+
 
 class RangeLock:
     """Keeps overlapping writes apart where one of them reads, modifies and writes back.
@@ -88,29 +104,29 @@ class Node:
     ``read_only`` is what holds now (an option, inherited, or fallen back to); ``unmap`` whether
     discards are carried out.  ``driver`` exists once the node is open (``is_open``).  ``has_name`` says whether
     references find it: as in QEMU, a node that is no protocol gets its name only when its ``file`` has been opened.
+    ``name_number`` is its place in the order in which nodes got theirs.
     """
 
     driver: Driver
 
-    def __init__(self, graph: Graph, name: str, options: BlockdevOptions, inherited: Inherited) -> None:
+    def __init__(self, graph: Graph, name: str, options: BlockdevOptions, own: Flat, effective: Flat) -> None:
         self.graph = graph
         self.name = name
-        self.options = options
-        self.inherited = inherited  # resolved: own options where given, the parent's where not
-        self.read_only = inherited.read_only
-        self.force_share = inherited.force_share
-        self.no_flush = inherited.cache_no_flush
-        self.cache_direct = inherited.cache_direct
-        self.unmap = options.discard == "unmap"
-        self.detect_zeroes = options.detect_zeroes
+        self.configure(options, own, effective)
+        #: it is being made read-only: because of which node, itself or one that it was inserted above
+        self.losing_write: Node | None = None
         self.is_open = False
-        self.has_name = False
+        self.name_number: int | None = None
         self.described_as: tuple[str, ...] = ()  # the names of children from the node that was added down to it
         self.monitor_owned = False
         #: for a filter that was inserted above a node: that node, and the name by which it is its child
         self.inserted_over: tuple[Node, str] | None = None
         #: the filter that was inserted above this node, through which all who use it go
         self.inserted_above: Node | None = None
+        #: the node in whose options this one was described, as long as that is above it
+        self.inherits_from: Node | None = None
+        #: under what name the backing node was opened that the image names
+        self.opened_backing = ""
         self.parents: list[Child] = []
         self.children: dict[str, Child] = {}
         self.counters = Counters()
@@ -123,9 +139,30 @@ class Node:
     def __repr__(self) -> str:
         return f"<node {self.name} ({self.options.driver})>"
 
+    def configure(self, options: BlockdevOptions, own: Flat, effective: Flat) -> None:
+        """Be as *options* say.  *own* are those that were given, *effective* those together with what is inherited."""
+        self.options = options
+        self.own_options, self.effective_options = own, effective
+        self.inherited = inherited = Inherited.of(effective)
+        self.read_only = inherited.read_only
+        self.force_share = inherited.force_share
+        self.no_flush = inherited.cache_no_flush
+        self.cache_direct = inherited.cache_direct
+        self.unmap: bool = effective.get("discard") == "unmap"
+        self.detect_zeroes: str = effective.get("detect-zeroes", "off")
+
     @property
     def driver_name(self) -> str:
         return self.options.driver
+
+    @property
+    def has_name(self) -> bool:
+        return self.name_number is not None
+
+    def take_name(self) -> None:
+        """Let references find it from now on."""
+        if self.name_number is None:
+            self.name_number = next(self.graph.name_numbers)
 
     @property
     def in_use(self) -> bool:
@@ -153,6 +190,14 @@ class Node:
         return next((c for c in self.children.values() if c.role & Role.PRIMARY), None)
 
     @property
+    def content_node(self) -> Node:
+        """The node whose content this one has: what is below filters."""
+        node = self
+        while node.driver.shows_child and (child := node.primary_child) is not None:
+            node = child.node
+        return node
+
+    @property
     def backing(self) -> Child | None:
         """The copy-on-write child, if there is one."""
         return self.children.get("backing")
@@ -170,8 +215,18 @@ class Node:
         if length == self.driver.length:
             return
         self.driver.length = length
+        self._tell_length()
+
+    def _tell_length(self) -> None:
         for edge in self.parents:
             edge.child_resized()
+
+    def replace_driver(self, driver: Driver) -> None:
+        """Requests go to *driver* from now on: the content anew, of another length perhaps.  None is under way."""
+        before, self.driver = self.driver, driver
+        self.refresh_edges()
+        if driver.length != before.length:
+            self._tell_length()
 
     def refresh_edges(self) -> None:
         """Have all parents take over what their requests need to know of this node."""

@@ -9,9 +9,9 @@ import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from msgspec import UNSET, UnsetType
-
 from fusebd.block import filename
+from fusebd.block.flatoptions import Flat, inherit, own_options
+from fusebd.block.naming import node_filename
 from fusebd.block.node import Inherited, Node
 from fusebd.block.options import BlockdevOptions, BlockdevRef
 from fusebd.block.perms import Role
@@ -28,30 +28,29 @@ MAX_CHAIN = 200
 _names: ContextVar[tuple[str, ...]] = ContextVar("names", default=())
 
 
-def resolve_inherited(options: BlockdevOptions, parent: Inherited | None, role: Role) -> Inherited:
-    """The inheritable options of a node: its own where given, else its parent's, else the defaults.
+def resolve_options(options: BlockdevOptions, parent: Inherited | None, role: Role) -> tuple[Flat, Flat]:
+    """What a node was given in *options*, and that together with what it inherits from its parent.
 
     Raises GraphError where options that every node takes contradict each other.
     """
-    base = parent or Inherited()
-    # a backing file is opened read-only unless it says otherwise itself
-    read_only, auto_read_only = (True, False) if role & Role.COW else (base.read_only, base.auto_read_only)
-    inherited = Inherited(
-        read_only=_given(options.read_only, read_only),
-        auto_read_only=_given(options.auto_read_only, auto_read_only),
-        force_share=_given(options.force_share, base.force_share),
-        cache_direct=_given(options.cache.direct, base.cache_direct),
-        cache_no_flush=_given(options.cache.no_flush, base.cache_no_flush),
-    )
-    if options.detect_zeroes == "unmap" and options.discard != "unmap":
+    own = own_options(options)
+    effective = dict(own)
+    inherit(effective, None if parent is None else parent.as_options(), role)
+    check_detect_zeroes(effective)
+    check_force_share(effective)
+    return own, effective
+
+
+def check_detect_zeroes(options: Flat) -> None:
+    """Raises GraphError where detect-zeroes asks for discards that are not carried out."""
+    if options.get("detect-zeroes") == "unmap" and options.get("discard") != "unmap":
         raise GraphError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-    if inherited.force_share and not inherited.read_only:
+
+
+def check_force_share(options: Flat) -> None:
+    """Raises GraphError where image locks would be ignored by one who writes."""
+    if options.get("force-share") and not options.get("read-only"):
         raise GraphError("force-share=on can only be used with read-only images")
-    return inherited
-
-
-def _given(own: bool | UnsetType, otherwise: bool) -> bool:
-    return otherwise if own is UNSET else bool(own)
 
 
 class _ChainTooLong(OpenError):
@@ -88,7 +87,7 @@ class Opening:
         and what the child's driver raises; *failure* is put before what went wrong while it was looked for or opened.
         """
         if name != "file":
-            self.node.has_name = True
+            self.node.take_name()
         try:
             if ref.reference is not None:
                 below = self.graph.find_for_reference(ref.reference)
@@ -102,9 +101,10 @@ class Opening:
                 )
         except FusebdError as error:
             raise (error.prefixed(failure) if failure else error) from None
-        self.node.has_name = True
+        self.node.take_name()
         if ref.reference is not None:
             return self.graph.attach(self.node, name, role, below)
+        below.inherits_from = self.node
         return await self.graph.attach_opened(self.node, name, role, below)
 
     async def child_by_filename(
@@ -137,6 +137,9 @@ class Opening:
             raise (error.prefixed(failure) if failure else error) from None
         finally:
             _names.reset(token)
+        below.inherits_from = self.node
+        if name == "backing":
+            self.node.opened_backing = node_filename(below)
         return await self.graph.attach_opened(self.node, name, role, below)
 
     def _is_file_above(self, name: str) -> bool:

@@ -45,8 +45,11 @@ class CacheOptions(OptionStruct, frozen=True):
     no_flush: Annotated[bool | UnsetType, Meta(description="ignore flush requests")] = UNSET
 
 
-class BlockdevOptions(OptionStruct, frozen=True):
-    """Options that every node takes, whatever its driver (REFERENCE: QAPI BlockdevOptions)."""
+class BlockdevOptions(OptionStruct, frozen=True, dict=True):
+    """Options that every node takes, whatever its driver (REFERENCE: QAPI BlockdevOptions).
+
+    ``given`` is the JSON object that they were read from: it has an option that was given its default, too.
+    """
 
     driver: Annotated[str, Meta(description="driver name")]
     node_name: Annotated[str | UnsetType, Meta(description="name of the node, and of its file")] = UNSET
@@ -62,6 +65,15 @@ class BlockdevOptions(OptionStruct, frozen=True):
     detect_zeroes: Annotated[
         Literal["off", "on", "unmap"], Meta(description="turn writes of zeroes into zero writes")
     ] = "off"
+
+    @property
+    def given(self) -> dict[str, Json]:
+        value: dict[str, Json] = self.__dict__["given"]
+        return value
+
+    def keep_given(self, value: dict[str, Json]) -> None:
+        """*value* is what they were read from."""
+        self.__dict__["given"] = value
 
 
 class BlockdevRef:

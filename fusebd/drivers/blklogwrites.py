@@ -54,6 +54,7 @@ class Blklogwrites(FilterDriver):
     """Requests suspend where either child does, and where an entry has to wait for another to be written."""
 
     strong_options = frozenset({"log-append", "log-sector-size"})
+    changeable: ClassVar[frozenset[str] | None] = None
     #: the entry shows it; if ``file`` does not know it, the edge to it flushes
     supports_fua: ClassVar[bool] = True
 

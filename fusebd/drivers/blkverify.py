@@ -44,6 +44,7 @@ class Blkverify(FilterDriver):
     protocol_prefix: ClassVar[str | None] = "blkverify"
     probed_children: ClassVar[frozenset[str]] = frozenset({"test"})
     supports_fua = False
+    changeable: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, node: Node, raw: Child, test: Child, on_mismatch: OnMismatch) -> None:
         super().__init__(node, raw)

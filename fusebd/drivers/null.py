@@ -45,6 +45,7 @@ class _Null(ProtocolDriver):
 
     supports_fua = True
     strong_options: ClassVar[frozenset[str]] = frozenset({"size", "read-zeroes"})
+    changeable: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, node: Node, options: NullOptions) -> None:
         super().__init__(node)

@@ -6,7 +6,7 @@ Options: QAPI BlockdevOptionsRaw.  Behaviour: QEMU block/raw-format.c.
 from __future__ import annotations
 
 import errno
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -24,6 +24,7 @@ from fusebd.block.driver import (
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Int
 from fusebd.block.perms import Perm, Role, default_perms
+from fusebd.block.reopening import Reopening
 from fusebd.errors import BlockIOError, FusebdError, NotSupported, OptionError
 
 _SECTOR = 512
@@ -41,36 +42,69 @@ def _window(options: RawOptions) -> tuple[int, int | None]:
     return offset, None if options.size is UNSET else int(options.size)
 
 
+def _check_window(options: RawOptions) -> None:
+    """Raises OptionError where no file has such a window."""
+    for name, value in zip(("offset", "size"), _window(options), strict=True):
+        if value is not None and value < 0:
+            raise OptionError(f"Value '{value}' is out of range for parameter '{name}'")
+
+
+def _check_fits(options: RawOptions, length: int) -> None:
+    """Raises OptionError where a file of *length* bytes has no such window."""
+    offset, size = _window(options)
+    if offset > length:
+        raise OptionError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
+    if size is not None and length - offset < size:
+        raise OptionError(
+            f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
+            f" actual size of the containing file ({length})"
+        )
+    if size is not None and size % _SECTOR:
+        raise OptionError(f"Specified size is not multiple of {_SECTOR}")
+
+
+class RawReopening(Reopening):
+    """Another window, which must be one of the file that there is then."""
+
+    driver: Raw
+
+    def prepare(self) -> None:
+        _check_window(self.options)
+        if self.changed:
+            file = self.children.get("file") or self.driver.file.node
+            _check_fits(self.options, file.driver.length)
+            self.changes_content = self.changes_descriptor = True
+
+    def apply(self) -> None:
+        self.driver.set_window(self.options)
+
+    def undo(self) -> None:
+        assert isinstance(self.node.options, RawOptions)
+        self.driver.set_window(self.node.options)
+
+
 @register("raw", RawOptions)
 class Raw(FormatDriver):
     """Every request goes to ``file``, moved by the offset.  Announces read_aio and write_aio to it."""
 
     strong_options = frozenset({"offset", "size"})
+    changeable: ClassVar[frozenset[str] | None] = frozenset({"offset", "size"})
+    resettable = frozenset({"offset", "size"})
+    reopening = RawReopening
 
     def __init__(self, node: Node, file: Child, options: RawOptions) -> None:
         super().__init__(node)
         self.file = file
-        self._offset, self._size = _window(options)
+        self.set_window(options)
         self.length = self._length_over(file)
 
     @classmethod
     async def open(cls, opening: Opening, options: RawOptions) -> Raw:
         offset, size = _window(options)
-        for name, value in (("offset", offset), ("size", size or 0)):
-            if value < 0:
-                raise OptionError(f"Value '{value}' is out of range for parameter '{name}'")
+        _check_window(options)
         role = Role.PRIMARY | (Role.DATA if offset or size is not None else Role.FILTERED)
         file = await opening.child("file", options.file, role)
-        length = file.node.driver.length
-        if offset > length:
-            raise OptionError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
-        if size is not None and length - offset < size:
-            raise OptionError(
-                f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
-                f" actual size of the containing file ({length})"
-            )
-        if size is not None and size % _SECTOR:
-            raise OptionError(f"Specified size is not multiple of {_SECTOR}")
+        _check_fits(options, file.node.driver.length)
         return cls(opening.node, file, options)
 
     @classmethod
@@ -87,6 +121,10 @@ class Raw(FormatDriver):
     @property
     def supports_fua(self) -> bool:
         return self.file.driver.supports_fua
+
+    def set_window(self, options: RawOptions) -> None:
+        """Show what *options* say.  The length stays as it is until ``child_resized``."""
+        self._offset, self._size = _window(options)
 
     def _length_over(self, file: Child) -> int:
         length = max(file.node.driver.length - self._offset, 0)
@@ -126,6 +164,10 @@ class Raw(FormatDriver):
         if length > 2**63 - 1 - self._offset:
             raise self._failed("resize", errno.EINVAL, "Disk size too large for the chosen offset")
         await self.file.truncate(length + self._offset, exact=exact, prealloc=prealloc, zero=zero)
+
+    @property
+    def shows_child(self) -> bool:
+        return not self._offset and self._size is None
 
     def backing_descriptor(self) -> int:
         if self._offset or self._size is not None:

@@ -7,7 +7,7 @@ Options: QAPI BlockdevOptionsThrottle.  Behaviour: QEMU block/throttle.c, docs/t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -15,6 +15,7 @@ from fusebd.block.driver import Buffers, Child, FilterDriver, Node, nbytes, regi
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef
 from fusebd.block.perms import Role
+from fusebd.block.reopening import Reopening
 from fusebd.block.throttlegroup import READ, WRITE, Member
 
 
@@ -23,15 +24,44 @@ class ThrottleOptions(BlockdevOptions, frozen=True, kw_only=True):
     file: Annotated[BlockdevRef, Meta(description="the node that requests go to")]
 
 
+class ThrottleReopening(Reopening):
+    """Another group: the node has a place in both until it is left in one of them."""
+
+    driver: Throttle
+    _before: Member | None = None
+    _after: Member | None = None
+
+    def prepare(self) -> None:
+        if self.changed:
+            self._after = self.node.graph.objects.throttle_group(self.options.throttle_group).join()
+
+    def take_over(self) -> None:
+        if self._after is not None:
+            self._before = self.driver.change_member(self._after)
+
+    def commit(self) -> None:
+        if self._before is not None:
+            self._before.leave()
+
+    def undo(self) -> None:
+        if self._before is not None:
+            self.driver.change_member(self._before)
+        if self._after is not None:
+            self._after.leave()
+
+
 @register("throttle", ThrottleOptions)
 class Throttle(FilterDriver):
     """Requests suspend while the group is over its limits, or where ``file`` does."""
 
     strong_options = frozenset({"throttle-group"})
+    changeable: ClassVar[frozenset[str] | None] = frozenset({"throttle-group"})
+    reopening = ThrottleReopening
 
     def __init__(self, node: Node, file: Child, member: Member) -> None:
         super().__init__(node, file)
         self._member = member
+        self._drains = 0
 
     @classmethod
     async def open(cls, opening: Opening, options: ThrottleOptions) -> Throttle:
@@ -42,10 +72,20 @@ class Throttle(FilterDriver):
     async def close(self) -> None:
         self._member.leave()
 
+    def change_member(self, member: Member) -> Member:
+        """Ask *member* from now on, while no request is under way; who was asked before."""
+        before, self._member = self._member, member
+        for _ in range(self._drains):
+            member.suspend_limits()
+            before.resume_limits()
+        return before
+
     def drain_begin(self) -> None:
+        self._drains += 1
         self._member.suspend_limits()
 
     def drain_end(self) -> None:
+        self._drains -= 1
         self._member.resume_limits()
 
     async def flush(self) -> None:

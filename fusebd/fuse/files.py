@@ -178,6 +178,8 @@ class Files(FileSystem, FileView):
         for file in self._all_files():
             if file.watch is not None:
                 file.watch.renew()
+            if self.attr_timeout and self.transport is not None:
+                self.transport.notify_inval_inode(file.ino, -1)  # its mode may be another one
 
     def chain_changing(self, node: Node) -> None:
         for file in self._all_files():

@@ -54,6 +54,12 @@ def parse_arguments(command: str, words: list[str]) -> dict[str, Json]:
     tree = tree_from_dotted(flat)
     if command == "blockdev-add":
         return type_blockdev(tree)
+    if command == "blockdev-reopen" and isinstance(tree.get("options"), list):
+        tree["options"] = [
+            type_blockdev(item, f"options.{index}.") if isinstance(item, dict) else item
+            for index, item in enumerate(tree["options"])
+        ]
+        return tree
     if command == "object-add":
         return type_object(tree)
     declared = COMMANDS.get(command)

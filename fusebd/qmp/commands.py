@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from fusebd.block.graph import Graph
 from fusebd.block.membership import change_children
 from fusebd.block.options import Int, Json, OptionStruct
+from fusebd.block.reopen import reopen
 from fusebd.errors import BlockIOError, CommandError, GraphError
 from fusebd.qmp import exports, filecaches, filters, objects, queries
 from fusebd.qmp.drivercommands import driver_commands
@@ -86,6 +87,15 @@ class NodeName(OptionStruct, frozen=True, kw_only=True):
 @command("blockdev-del", NodeName)
 async def blockdev_del(context: Context, arguments: NodeName) -> None:
     await _retried(context.graph, partial(context.graph.blockdev_del, arguments.node_name))
+
+
+class BlockdevReopen(OptionStruct, frozen=True, kw_only=True):
+    options: list[Json]
+
+
+@command("blockdev-reopen", BlockdevReopen)
+async def blockdev_reopen(context: Context, arguments: BlockdevReopen) -> None:
+    await _retried(context.graph, partial(reopen, context.graph, arguments.options))
 
 
 class BlockResize(OptionStruct, frozen=True, kw_only=True):

@@ -54,27 +54,8 @@ _PERMISSIONS = (
 
 
 def _open_nodes(graph: Graph) -> list[Node]:
-    """All nodes in the order in which QEMU would have named them.
-
-    A node enters the list before its inline children, but the ``file`` child of one that is no protocol ahead of it.
-    """
-    order: dict[Node, None] = {}
-
-    def enter(node: Node) -> None:
-        if node in order:
-            return
-        first = node.children.get("file") if node.driver.protocol_prefix is None else None
-        if first is not None and not first.node.monitor_owned:
-            enter(first.node)
-        order[node] = None
-        for child in node.children.values():
-            if not child.node.monitor_owned:
-                enter(child.node)
-
-    for node in graph.nodes.values():
-        if node.is_open:
-            enter(node)
-    return list(order)
+    """All nodes in the order in which they were named, which is QEMU's."""
+    return sorted((node for node in graph.nodes.values() if node.is_open), key=lambda node: node.name_number or 0)
 
 
 def _devices(graph: Graph) -> list[Node]:

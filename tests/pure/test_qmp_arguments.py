@@ -89,6 +89,12 @@ ARGUMENTS: list[tuple[str, list[str], Any]] = [
         ["driver=blkdebug", "inject-error:=[{'event': 'read_aio'}]"],
         {"driver": "blkdebug", "inject-error": [{"event": "read_aio"}]},
     ),
+    (
+        "blockdev-reopen",
+        ["options.0.driver=raw", "options.0.size=512", "options.0.file.driver=null-co", "options.0.file.size=7"],
+        {"options": [{"driver": "raw", "size": 512, "file": {"driver": "null-co", "size": 7}}]},
+    ),
+    ("blockdev-reopen", ["options:=[5]"], {"options": [5]}),
     ("not-a-command-of-ours", ["a.b=1", "c:=2"], {"a": {"b": "1"}, "c": 2}),
 ]
 

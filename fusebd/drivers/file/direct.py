@@ -27,6 +27,7 @@ class DirectIO:
 
     def __init__(self, fd: int, alignment: int, in_thread: InThread, *, native: bool) -> None:
         self._fd = fd
+        self.alignment = alignment
         self._mask = alignment - 1
         self._in_thread = in_thread
         self._pool = BufferPool()

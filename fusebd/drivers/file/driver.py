@@ -5,7 +5,7 @@ Options: QAPI BlockdevOptionsFile.  Behaviour: QEMU block/file-posix.c.
 The event loop is not kept waiting for a disk.  A read of what the host has cached is done on the spot, by preadv2
 with RWF_NOWAIT; where the host says that it would have to wait, a worker thread does it.  ext4 (6.18) and tmpfs refuse
 RWF_NOWAIT for buffered writes, tmpfs for reads as well; such a call is a memory copy of a few microseconds as long as
-the host keeps up with writing back, so it is made on the spot until one takes longer than ``SLOW``, and by worker
+the host keeps up with writing back, so it is made on the spot until two take longer than ``SLOW``, and by worker
 threads for a while after that.  A thread costs about 60 us a request, a cached 4 KiB read 1.3 us.
 """
 
@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import trio
 from msgspec import UNSET, Meta, UnsetType
@@ -41,14 +41,17 @@ from fusebd.block.perms import Perm
 from fusebd.drivers.file import syscalls
 from fusebd.drivers.file.direct import DirectIO
 from fusebd.drivers.file.locks import ImageLocks
+from fusebd.drivers.file.reopening import NOT_WRITABLE, FileReopening, Handle
 from fusebd.errors import BlockIOError, FusebdError, NotSupported, OpenError
 
 T = TypeVar("T")
 
-#: a call on the spot that takes longer than this, in seconds, sends the following ones to threads
+#: a call on the spot that takes longer than this, in seconds, is slow
 SLOW = 0.002
-#: for so many times as long: calls on the spot hold up the event loop for a sixth of the time at the most.  Not longer,
-#: because a call also looks slow when another process took the processor away meanwhile.
+#: A second slow one within so many calls sends the following ones to threads: a single one may just mean that another
+#: process had the processor meanwhile.
+CLOSE = 16
+#: for so many times as long as it took
 CAUTION = 5
 #: most requests of one file in worker threads at a time
 WORKERS = 32
@@ -79,6 +82,8 @@ class File(ProtocolDriver):
     supports_fua = True
     protocol_prefix = "file"
     strong_options = frozenset({"filename"})
+    changeable: ClassVar[frozenset[str] | None] = frozenset({"drop-cache"})
+    reopening = FileReopening
 
     def __init__(self, node: Node, fd: int, options: FileOptions) -> None:
         super().__init__(node)
@@ -89,6 +94,7 @@ class File(ProtocolDriver):
         self._limiter = trio.CapacityLimiter(WORKERS)
         self._nowait_read = self._nowait_write = True
         self._cautious_until = 0.0
+        self._since_slow = CLOSE  #: calls on the spot since the last slow one
         self.limits.max_transfer = _MAX_TRANSFER
 
     @classmethod
@@ -100,16 +106,16 @@ class File(ProtocolDriver):
         fd = _open(opening, options.filename)
         try:
             cls._check_kind(fd, options.filename)
-            if not opening.read_only and cls._is_protected(fd):
-                opening.fall_back_to_read_only(
-                    OpenError.from_os("The device is not writable", OSError(errno.EACCES, ""))
-                )
+            if not opening.read_only:
+                try:
+                    cls._check_writable(fd)
+                except OpenError as error:
+                    opening.fall_back_to_read_only(error)
             driver = cls(opening.node, fd, options)
             driver.length = driver._read_length()
             if opening.node.cache_direct:
-                alignment = driver.limits.request_alignment = driver._direct_alignment()
-                native = options.aio != "threads"
-                driver._direct = DirectIO(fd, alignment, driver._in_thread, native=native)
+                driver._direct = driver._make_direct(fd)
+                driver.limits.request_alignment = driver._direct.alignment
         except BaseException:
             os.close(fd)
             raise
@@ -125,18 +131,21 @@ class File(ProtocolDriver):
             raise OpenError(f"'{cls.name}' driver requires '{filename}' to be a regular file")
 
     @classmethod
-    def _is_protected(cls, fd: int) -> bool:
-        """Whether what was opened for writing cannot be written all the same."""
-        return False
+    def _check_writable(cls, fd: int) -> None:
+        """Raise OpenError if what was opened for writing cannot be written all the same."""
 
     def _read_length(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def _direct_alignment(self) -> int:
+    def _make_direct(self, fd: int) -> DirectIO:
+        native = self.options.aio != "threads"
+        return DirectIO(fd, self._direct_alignment(fd), self._in_thread, native=native)
+
+    def _direct_alignment(self, fd: int) -> int:
         buffer = mmap.mmap(-1, _DIRECT_ALIGNMENTS[-1])
         for alignment in _DIRECT_ALIGNMENTS:
             try:
-                os.preadv(self._fd, [memoryview(buffer)[:alignment]], 0)
+                os.preadv(fd, [memoryview(buffer)[:alignment]], 0)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise OpenError.from_os("Could not read image", error) from None
@@ -153,9 +162,34 @@ class File(ProtocolDriver):
         self.node.set_length(self._read_length())
 
     async def close(self) -> None:
-        if self._direct is not None:
-            self._direct.close()
-        os.close(self._fd)
+        self.handle.close()
+
+    # -- being reopened -------------------------------------------------------------------------
+
+    @property
+    def handle(self) -> Handle:
+        """What the file is used by."""
+        return Handle(self._fd, self._locks, self._direct)
+
+    def open_again(self, *, writable: bool, direct: bool) -> Handle:
+        """Open the same file once more, whatever has become of its name; no image locks are held yet.
+
+        Raises OpenError.
+        """
+        filename = self.options.filename
+        fd = open_file(f"/proc/self/fd/{self._fd}", filename, writable=writable, direct=direct)
+        try:
+            if writable:
+                self._check_writable(fd)
+            locks = None if self._locks is None else ImageLocks(fd, filename)
+            return Handle(fd, locks, self._make_direct(fd) if direct else None)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def use(self, handle: Handle) -> None:
+        """Use the file by *handle* from now on.  No request is under way."""
+        self._fd, self._locks, self._direct = handle
 
     def set_perm(self, perm: Perm, shared: Perm) -> None:
         if self._locks is not None:
@@ -326,8 +360,11 @@ class File(ProtocolDriver):
             raise self._failed(operation, offset, error) from None
         finally:
             now = perf_counter()
+            self._since_slow += 1
             if now - began > SLOW:
-                self._cautious_until = now + CAUTION * (now - began)
+                if self._since_slow <= CLOSE:
+                    self._cautious_until = now + CAUTION * (now - began)
+                self._since_slow = 0
 
     async def _directly(self, operation: str, offset: int, request: Awaitable[None]) -> None:
         try:
@@ -385,8 +422,9 @@ class HostDevice(File):
             raise OpenError(f"'{cls.name}' driver requires '{filename}' to be either a character or block device")
 
     @classmethod
-    def _is_protected(cls, fd: int) -> bool:
-        return stat.S_ISBLK(os.fstat(fd).st_mode) and syscalls.device_is_read_only(fd)
+    def _check_writable(cls, fd: int) -> None:
+        if stat.S_ISBLK(os.fstat(fd).st_mode) and syscalls.device_is_read_only(fd):
+            raise OpenError.from_os("The device is not writable", OSError(errno.EACCES, ""))
 
     def _read_length(self) -> int:
         try:
@@ -400,8 +438,8 @@ class HostDevice(File):
         reason = "the kernel passes through to regular files only"
         raise NotSupported(node_name=self.node.name, operation="passthrough", reason=reason)
 
-    def _direct_alignment(self) -> int:
-        return syscalls.device_sector_size(self._fd)
+    def _direct_alignment(self, fd: int) -> int:
+        return syscalls.device_sector_size(fd)
 
     def _zero(self, offset: int, length: int, unmap: bool) -> None:
         if unmap:
@@ -448,18 +486,24 @@ class HostDevice(File):
 
 def _open(opening: Opening, filename: str) -> int:
     """A descriptor of *filename*, for writing too unless the node is read-only or has to become so."""
+    direct = opening.node.cache_direct
+    if not opening.read_only:
+        try:
+            return open_file(filename, filename, writable=True, direct=direct)
+        except OpenError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            opening.fall_back_to_read_only(error)
+    return open_file(filename, filename, writable=False, direct=direct)
+
+
+def open_file(path: str, filename: str, *, writable: bool, direct: bool) -> int:
+    """A descriptor of *path*.  Raises OpenError, which calls it *filename*."""
     # O_NONBLOCK keeps a FIFO or a tape from holding up the daemon; it means nothing for files and disks
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if opening.node.cache_direct else 0)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0) | (os.O_RDWR if writable else os.O_RDONLY)
     try:
-        if not opening.read_only:
-            try:
-                return os.open(filename, flags | os.O_RDWR)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
-                    raise
-                opening.fall_back_to_read_only(OpenError.from_os(f"Could not open '{filename}'", error))
-        return os.open(filename, flags | os.O_RDONLY)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError):  # a NUL byte in the name
-            raise OpenError(f"Could not open '{filename}': {os.strerror(errno.EINVAL)}") from None
+        return os.open(path, flags)
+    except ValueError:  # a NUL byte in the name
+        raise OpenError(f"Could not open '{filename}': {os.strerror(errno.EINVAL)}") from None
+    except OSError as error:
         raise OpenError.from_os(f"Could not open '{filename}'", error) from None

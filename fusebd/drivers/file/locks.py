@@ -47,6 +47,18 @@ class ImageLocks:
         self._drop(self._held - wanted)
         self._held = wanted
 
+    def copy(self, other: ImageLocks) -> None:
+        """Hold what *other* holds, which is a description of the same file.  Nobody is asked: *other* has done so.
+
+        Raises OpenError.
+        """
+        try:
+            for byte in sorted(other._held):
+                syscalls.share_lock(self._fd, byte)
+        except OSError as error:
+            raise OpenError(f"Failed to lock byte: {os.strerror(error.errno or 0)}", errno=error.errno) from None
+        self._held = set(other._held)
+
     def _check(self, perm: Perm, shared: Perm) -> None:
         for number, bit in enumerate(_ALL):
             if perm & bit and syscalls.is_locked_elsewhere(self._fd, _UNSHARED_BASE + number):

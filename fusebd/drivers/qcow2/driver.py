@@ -10,6 +10,7 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 from __future__ import annotations
 
 import zlib
+from typing import ClassVar
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import fill_zeroes, slice_buffers
@@ -38,9 +39,11 @@ from fusebd.drivers.qcow2.options import (
     OL_SNAPSHOT_TABLE,
     Qcow2Options,
     cache_sizes,
+    check_options,
     overlap_mask,
 )
 from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.drivers.qcow2.reopening import CHANGEABLE, Qcow2Reopening
 from fusebd.drivers.qcow2.repair import rebuild_refcounts
 from fusebd.drivers.qcow2.resize import Resizer
 from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
@@ -57,6 +60,9 @@ class Qcow2(FormatDriver):
     """One open image."""
 
     strong_options = frozenset({"encrypt"})
+    changeable: ClassVar[frozenset[str] | None] = CHANGEABLE
+    resettable = CHANGEABLE
+    reopening = Qcow2Reopening
 
     def __init__(
         self,
@@ -65,11 +71,11 @@ class Qcow2(FormatDriver):
         tables: Tables,
         refcounts: Refcounts,
         snapshots: list[Snapshot],
-        backing: Child | None,
     ) -> None:
         super().__init__(node)
         self._image, self._tables, self._refcounts = image, tables, refcounts
-        self._file, self._backing = image.file, backing
+        self._file = image.file
+        self._backing: Child | None = None
         self._snapshots = snapshots
         self._backing_name = image.header.backing_file
         options = node.options
@@ -95,15 +101,21 @@ class Qcow2(FormatDriver):
             raise OptionError("Encrypted qcow2 images are not supported")
         if options.data_file:
             raise OptionError("External data files of qcow2 images are not supported")
-        node = opening.node
         file = await opening.child("file", options.file, Role.IMAGE)
-        header = await read_header(file, read_only=opening.read_only)
+        driver = await cls.load(opening.node, file, options)
+        driver.back_by(await _open_backing(opening, options, driver.header, file))
+        return driver
+
+    @classmethod
+    async def load(cls, node: Node, file: Child, options: Qcow2Options) -> Qcow2:
+        """The image that is in *file*, ready to be written if *node* is not read-only; backed by nothing.
+
+        Suspends where *file* does.  Raises OptionError, ImageError, BlockIOError.
+        """
+        header = await read_header(file, read_only=node.read_only)
         if header.extended_l2:
             raise ImageError("Unsupported qcow2 feature(s): extended L2 entries")
-        if header.version < 3 and options.lazy_refcounts is True:
-            raise OptionError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
-        if header.version < 3 and options.discard_no_unref:
-            raise OptionError("discard-no-unref is only supported since qcow2 version 3")
+        check_options(options, version=header.version)
         sizes = cache_sizes(options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
         image = Image(node, file, header, overlap_mask(options.overlap_check))
         image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
@@ -115,10 +127,9 @@ class Qcow2(FormatDriver):
         image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, table_length)
         await protect_snapshots(image, snapshots)
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
-        if not opening.read_only:
+        if not node.read_only:
             await _prepare_for_writing(image, tables, refcounts, snapshots, table_length)
-        backing = await _open_backing(opening, options, header, file)
-        return cls(node, image, tables, refcounts, snapshots, backing)
+        return cls(node, image, tables, refcounts, snapshots)
 
     async def close(self) -> None:
         """Write back all metadata and give back what was freed."""
@@ -130,9 +141,34 @@ class Qcow2(FormatDriver):
             async with self._image.lock:
                 await self._tables.write_back()
         finally:
-            # The parts of a driver refer to each other, so that the collector finds them late: not with their tables.
-            self._tables.drop()
-            self._refcounts.drop()
+            self.drop()
+
+    # -- being reopened -------------------------------------------------------------------------
+
+    @property
+    def header(self) -> Header:
+        return self._image.header
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether no fatal corruption was found."""
+        return self._image.usable
+
+    async def write_out(self) -> None:
+        await self.flush()
+        if self._image.usable:
+            async with self._image.lock:
+                await self._tables.write_back()  # refcounts of what that flush has freed
+
+    def back_by(self, backing: Child | None) -> None:
+        """Show *backing* where nothing is allocated."""
+        self._backing = backing
+
+    def drop(self) -> None:
+        """Let go of what is cached."""
+        # The parts of a driver refer to each other, so that the collector finds them late: not with their tables.
+        self._tables.drop()
+        self._refcounts.drop()
 
     # -- reading --------------------------------------------------------------------------------
 

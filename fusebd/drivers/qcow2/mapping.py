@@ -15,8 +15,6 @@ from fusebd.ondisk.qcow2 import ZERO as _ZERO_FLAG
 #: kinds of clusters: not in this image; zero; zero with a host cluster; data; compressed data
 UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = range(5)
 
-_FLAGS = _COPIED_FLAG | _COMPRESSED_FLAG | _ZERO_FLAG
-
 
 def kind_of(entry: int) -> int:
     """The kind of cluster that the L2 *entry* describes."""
@@ -25,11 +23,6 @@ def kind_of(entry: int) -> int:
     if entry & _ZERO_FLAG:
         return ZERO_ALLOCATED if entry & OFFSET_MASK else ZERO_PLAIN
     return DATA if entry & OFFSET_MASK else UNALLOCATED
-
-
-def is_plain(entry: int) -> bool:
-    """Whether the cluster of *entry* can be written where it is, and holds nothing but data."""
-    return entry & _FLAGS == _COPIED_FLAG and entry & OFFSET_MASK != 0
 
 
 def needs_allocation(entry: int) -> bool:

@@ -93,6 +93,14 @@ class Qcow2Options(BlockdevOptions, frozen=True, kw_only=True):
     data_file: Annotated[BlockdevRef | UnsetType, Meta(description="not supported")] = UNSET
 
 
+def check_options(options: Qcow2Options, *, version: int) -> None:
+    """Raises OptionError, in QEMU's words, for what images of *version* do not have."""
+    if version < 3 and options.lazy_refcounts is True:
+        raise OptionError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
+    if version < 3 and options.discard_no_unref:
+        raise OptionError("discard-no-unref is only supported since qcow2 version 3")
+
+
 def overlap_mask(value: OverlapTemplate | OverlapFlags) -> int:
     """The ``OL_`` bits that the option overlap-check turns on."""
     if isinstance(value, str):

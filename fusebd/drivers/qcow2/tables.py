@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from array import array
 
-import trio
-
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import OL_ACTIVE_L1, OL_ACTIVE_L2
 from fusebd.drivers.qcow2.refcounts import Refcounts
@@ -170,8 +168,13 @@ class Tables:
         at, length = self.l1_offset + 8 * l1_index, 8 * (len(self.l1) - l1_index)
         await image.check_overlap(at, length, OL_ACTIVE_L1)
         await image.announce("l1_shrink_write_table")
-        with trio.CancelScope(shield=True):
-            await image.write(at, bytes(length))
+        old = self.l1[l1_index:]
+        old.byteswap()
+
+        async def undo() -> None:
+            """Nothing was allocated."""
+
+        await image.switch(at, bytes(length), old.tobytes(), undo, durable=False)
         self.l1[l1_index:] = array("Q", bytes(length))
         for number in [number for number in self.slices if number >= l1_index * self.slices_per_table]:
             del self.slices[number]
