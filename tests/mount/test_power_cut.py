@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from mounting import Mount, file_system, fusebd, loop_device, raw, run
-from powercuts import cached, close, cut_later, drawn, rounds, tell, until_the_power_is_off
+from powercuts import cached, cut_later, drawn, rounds, tell, until_the_power_is_off
 
 LENGTH = 64 << 20
 #: transactions that a client of the database commits at most; the power is cut before it has, or at the end
@@ -166,7 +166,7 @@ def test_sqlite_loses_no_acknowledged_transaction(
     # What was under way is there or not.
     assert {cut.found - cut.acknowledged for cut in cuts if cut.found is not None} <= {0, 1}
     assert sum(cut.acknowledged for cut in cuts) > 2 * len(cuts)
-    close(disk)
+    disk.umount()
 
 
 @pytest.mark.parametrize("journal_mode", ["wal", "delete"])
@@ -185,7 +185,7 @@ def test_sqlite_without_syncing_loses_transactions_or_is_malformed(
     lost, malformed = sum(cut.lost for cut in cuts), sum(cut.found is None for cut in cuts)
     tell(lost, "cuts of", len(cuts), "lose transactions,", malformed, "of these leave it malformed")
     assert lost
-    close(disk)
+    disk.umount()
 
 
 @pytest.mark.parametrize(("journal_mode", "synchronous"), [("wal", "full"), ("delete", "extra")])
@@ -207,7 +207,7 @@ def test_sqlite_loses_transactions_if_flushes_are_lies(
     tell(len(faults), "lies")
     assert lost
     assert len(faults) > len(cuts)
-    close(disk)
+    disk.umount()
 
 
 def _repaired(mounted: Mount, point: Path) -> int | None:

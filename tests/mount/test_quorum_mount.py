@@ -202,7 +202,7 @@ def test_fio_finds_its_data_again_and_the_images_are_the_same(mount: Mounting, i
     run(
         "fio", "--name=verify", f"--filename={mounted / 'disk'}", "--rw=randrw", "--bs=512-64k", "--size=8M",
         "--direct=1", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c", "--verify_backlog=64", "--randseed=3",
-        "--allow_file_create=0", "--io_size=32M",
+        "--allow_file_create=0", "--io_size=32M", cwd=images[0].parent,
     )  # fmt: skip
     assert mounted.qmp("query-version")
     assert reports(mounted.qmp.events) == set()
