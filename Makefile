@@ -17,7 +17,7 @@ demo:
 	@scripts/demo
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint:
 	@scripts/setup test $(VENV)
