@@ -113,8 +113,9 @@ class Qmp:
     def ask(self, request: Json) -> Json:
         """The whole answer to *request*."""
         self._socket.sendall(json.dumps(request).encode() + b"\n")
-        while "event" in (answer := self._read()):
-            self.events.append(answer)
+        while "return" not in (answer := self._read()) and "error" not in answer:
+            if "event" in answer:  # else a greeting: qemu-storage-daemon 7.2 may greet a quick client twice
+                self.events.append(answer)
         return answer
 
     def __call__(self, command: str, arguments: Json = None) -> Json:

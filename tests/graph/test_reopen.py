@@ -160,6 +160,15 @@ async def test_a_node_given_twice_has_what_both_say(graph: Graph) -> None:
     assert (graph.find("n").read_only, graph.find("n").detect_zeroes) == (True, "on")
 
 
+async def test_what_a_parent_has_its_child_keep_is_kept(graph: Graph) -> None:
+    await graph.blockdev_add(raw(node("raw", "in", file=null("n", 8192), offset=512)))
+    # alone, that would be the default again
+    await reopen(graph, [node("raw", "in", file="n"), raw("in")])
+    assert graph.find("r").driver.length == 8192 - 512
+    await reopen(graph, [node("raw", "in", file="n")])
+    assert graph.find("r").driver.length == 8192
+
+
 async def test_detected_zeroes_are_detected_from_then_on(graph: Graph) -> None:
     await graph.blockdev_add(memory("disk"))
     root = root_of(graph, "disk")
