@@ -314,15 +314,21 @@ def compressible(length: int) -> bytes:
     return b"".join(bytes([rng.randrange(256)]) * rng.randrange(1, 9000) for _ in range(length // 4000))[:length]
 
 
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
 async def test_compressed_images_of_every_cluster_size_are_read_and_written(
-    graph: Graph, tmp_path: Path, cluster_size: int
+    graph: Graph, tmp_path: Path, cluster_size: int, compression: str
 ) -> None:
     source, path = tmp_path / "source", tmp_path / "image"
     source.write_bytes(compressible(M).ljust(M, b"e"))
-    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={cluster_size}", source, path)
+    options = f"cluster_size={cluster_size},compression_type={compression}"
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, source, path)
     model = bytearray(source.read_bytes())
     await add(graph, path, discard="unmap")
+    shown = graph.find("disk").driver.format_info()["format-specific"]
+    assert isinstance(shown, dict)
+    assert isinstance(shown["data"], dict)
+    assert shown["data"]["compression-type"] == compression
     assert await whole(graph) == model
     root = root_of(graph, "disk")
     rng = random.Random(cluster_size)

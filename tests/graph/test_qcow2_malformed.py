@@ -141,7 +141,6 @@ REFUSED: dict[str, tuple[Edits, str]] = {
 
 # What QEMU opens, or would with other options, and fusebd does not know.
 UNSUPPORTED: dict[str, tuple[Edits, str]] = {
-    "zstd": ([(72, u64(8)), (104, b"\1")], "qcow2: compression type zstd is not supported"),
     "data file": ([(72, u64(4))], "Unsupported qcow2 feature(s): external data file"),
     "extended L2": ([(72, u64(16))], "Unsupported qcow2 feature(s): extended L2 entries"),
     "aes": ([(32, u32(1))], "Encrypted qcow2 images are not supported"),
@@ -150,6 +149,7 @@ UNSUPPORTED: dict[str, tuple[Edits, str]] = {
 
 # What QEMU 10.0.2 opens, and how long the disk is then.
 ACCEPTED: dict[str, tuple[Edits, int]] = {
+    "zstd": ([(72, u64(8)), (104, b"\1")], 1 << 20),
     "header of a whole cluster": ([(100, u32(65536))], 1 << 20),
     "backing name without length": ([(8, u64(1024)), (16, u32(0))], 1 << 20),
     "backing name in the header": ([(8, u64(8)), (16, u32(10))], 1 << 20),
@@ -507,11 +507,12 @@ async def test_data_past_the_end_of_the_file_reads_as_zeroes_and_cannot_be_writt
     await write(root, 0x80000, b"x" * 512)
 
 
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
 @pytest.mark.parametrize("damage", ["bytes", "offset"])
-async def test_a_compressed_cluster_that_cannot_be_inflated_is_an_io_error(
-    graph: Graph, tmp_path: Path, damage: str
+async def test_a_compressed_cluster_that_cannot_be_decompressed_is_an_io_error(
+    graph: Graph, tmp_path: Path, damage: str, compression: str
 ) -> None:
-    path = create(tmp_path / "image", "1M")
+    path = create(tmp_path / "image", "1M", compression_type=compression)
     io(path, "write -c -P 1 0 64k", "write -c -P 2 64k 64k")
     entry = int.from_bytes(path.read_bytes()[L2 : L2 + 8], "big")
     offset, _ = ondisk.parse_compressed(entry, 16)

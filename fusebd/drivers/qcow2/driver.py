@@ -9,7 +9,6 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 
 from __future__ import annotations
 
-import zlib
 from typing import ClassVar
 
 from fusebd.block.blockstatus import block_status_above
@@ -31,6 +30,7 @@ from fusebd.block.options import Json
 from fusebd.block.perms import Role
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
+from fusebd.drivers.qcow2.compression import decompress
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import (
@@ -264,21 +264,15 @@ class Qcow2(FormatDriver):
                 data = await image.read(host_offset, length)
             finally:
                 epoch.count -= 1
-            self._inflated = entry, self._inflate(data)
+            try:
+                cluster = decompress(image.header.compression_type, data, image.cluster_size)
+            except ValueError:
+                raise image.error("read", reason="compressed cluster cannot be decompressed") from None
+            self._inflated = entry, cluster
         at = in_cluster
         for buf in bufs:
             buf[:] = self._inflated[1][at : at + len(buf)]
             at += len(buf)
-
-    def _inflate(self, data: bytes | bytearray) -> bytes:
-        size = self._image.cluster_size
-        try:
-            cluster = zlib.decompressobj(-12).decompress(data, size)
-        except zlib.error:
-            cluster = b""
-        if len(cluster) != size:
-            raise self._image.error("read", reason="compressed cluster cannot be decompressed")
-        return cluster
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -413,7 +407,7 @@ class Qcow2(FormatDriver):
         header = self._image.header
         data: dict[str, Json] = {
             "compat": "0.10",
-            "compression-type": "zlib",
+            "compression-type": ondisk.COMPRESSION_NAMES[header.compression_type],
             "refcount-bits": 1 << header.refcount_order,
         }
         if header.version >= 3:

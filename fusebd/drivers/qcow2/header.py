@@ -140,8 +140,6 @@ def _check_compression(header: Header) -> None:
         raise ImageError(f"qcow2: unknown compression type: {header.compression_type}")
     elif not flagged:
         raise ImageError("qcow2: Compression type incompatible feature bit must be set")
-    else:
-        raise ImageError("qcow2: compression type zstd is not supported")
 
 
 def _check_tables(header: Header) -> None:
