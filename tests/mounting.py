@@ -98,14 +98,20 @@ def sweep(directory: Path) -> None:
 class Qmp:
     """A QMP connection.  Events that arrive while an answer is awaited are kept in ``events``."""
 
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, server: str | socket.socket) -> None:
+        """With *server*: the path of its socket, or a socket that is connected to it, which is closed in the end."""
+        self._socket = socket.socket(socket.AF_UNIX) if isinstance(server, str) else server
         self._socket.settimeout(60)
-        self._socket.connect(path)
         self._file = self._socket.makefile("rb")
         self.events: list[Json] = []
-        assert "QMP" in self._read()
-        self("qmp_capabilities")
+        try:
+            if isinstance(server, str):
+                self._socket.connect(server)
+            assert "QMP" in self._read()
+            self("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> Json:
         return json.loads(self._file.readline())
@@ -114,8 +120,7 @@ class Qmp:
         """The whole answer to *request*."""
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         while "return" not in (answer := self._read()) and "error" not in answer:
-            if "event" in answer:  # else a greeting: qemu-storage-daemon 7.2 may greet a quick client twice
-                self.events.append(answer)
+            self.events.append(answer)
         return answer
 
     def __call__(self, command: str, arguments: Json = None) -> Json:

@@ -13,20 +13,18 @@ from mounting import Qmp
 
 
 @contextmanager
-def storage_daemon(directory: Path, *options: str) -> Iterator[Qmp]:
-    """The monitor of a qemu-storage-daemon, whose socket is in *directory*; it ends with the context."""
-    path = str(directory / "qsd.sock")
-    # It is given the socket that listens already, so that there is nothing to wait for.
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen()
-        chardev = f"socket,id=monitor,server=on,wait=off,fd={listening.fileno()}"
+def storage_daemon() -> Iterator[Qmp]:
+    """The monitor of a qemu-storage-daemon, which ends with the context."""
+    # Not on a listening socket: the one of 7.2 can turn deaf when a client comes while it is starting.
+    ours, theirs = socket.socketpair()
+    with theirs:
         daemon = subprocess.Popen(
-            ["qemu-storage-daemon", "--chardev", chardev, "--monitor", "monitor", *options],
-            pass_fds=[listening.fileno()],
+            ["qemu-storage-daemon", "--chardev", "stdio,id=monitor", "--monitor", "monitor"],
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
         )
     try:
-        monitor = Qmp(path)
+        monitor = Qmp(ours)
         try:
             yield monitor
         finally:
@@ -38,7 +36,6 @@ def storage_daemon(directory: Path, *options: str) -> Iterator[Qmp]:
         raise
     finally:
         daemon.wait()
-        Path(path).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_the_verdict_is_that_of_qemu(tmp_path: Path, children: str, threshold: i
         assert said == f"read failed: {os.strerror(ERRNOS[result])}\n"
     else:
         assert said.startswith("read 4096/4096 bytes")
-    with storage_daemon(tmp_path) as qmp:
+    with storage_daemon() as qmp:
         qmp("blockdev-add", quorum)
         qmp("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}})
         qmp("block-export-add", {"type": "nbd", "id": "e", "node-name": "q"})

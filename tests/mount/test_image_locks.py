@@ -67,7 +67,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
         pytest.skip("needs root and /dev/fuse")
     images, directory = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("mount")
     make_images(images)
-    with pytest.MonkeyPatch.context() as patch, storage_daemon(images) as qemu:
+    with pytest.MonkeyPatch.context() as patch, storage_daemon() as qemu:
         patch.setenv("FUSEBD_RUNTIME_DIR", str(directory / "run"))
         mount = Mount(directory / "mnt", "devfuse", [])
         try:
@@ -148,7 +148,7 @@ def refused(*blockdevs: Json, point: Path) -> str:
 
 @pytest.mark.usefixtures("scratch")
 def test_an_image_that_a_storage_daemon_holds_is_not_mounted(images: Path) -> None:
-    with storage_daemon(images) as monitor:
+    with storage_daemon() as monitor:
         monitor("blockdev-add", qcow2("theirs", images / "qcow2"))
         said = refused(qcow2("disk", images / "qcow2"), point=images / "mnt")
     assert said.endswith(f"{HELD} (Is another process using the image [{images}/qcow2]?)")
@@ -189,7 +189,7 @@ def test_reading_beside_a_writer_is_refused_too(mount: Callable[..., Mount], ima
 
 def test_readers_share_an_image(mount: Callable[..., Mount], images: Path) -> None:
     read_only = {"read-only": True}
-    with held_by_qemu_io("-r", "-f", "qcow2", images / "qcow2"), storage_daemon(images) as monitor:
+    with held_by_qemu_io("-r", "-f", "qcow2", images / "qcow2"), storage_daemon() as monitor:
         monitor("blockdev-add", qcow2("theirs", images / "qcow2", **read_only))
         mounted = mount(qcow2("disk", images / "qcow2", **read_only))
         assert (mounted / "disk").read_bytes() == bytes(MIB)
@@ -212,7 +212,7 @@ def test_a_file_that_is_held_shows_it_when_it_is_opened(mount: Callable[..., Mou
     # the node itself takes nothing; who opens its file for writing does
     mounted = mount(file(images / "raw"))
     image = {"driver": "file", "filename": str(images / "raw")}
-    with storage_daemon(images) as monitor:
+    with storage_daemon() as monitor:
         monitor(
             "blockdev-add",
             {"driver": "blkdebug", "node-name": "n", "image": image, "unshare-child-perms": ["write"]},
@@ -235,7 +235,7 @@ def test_an_image_that_is_mounted_is_refused_to_qemu(mount: Callable[..., Mount]
         said = qemu_io(*words, "-f", "qcow2", "-c", "read 0 512", image)
         assert lock in said
         assert hint in said
-    with storage_daemon(images) as monitor:
+    with storage_daemon() as monitor:
         answer = monitor.ask({"execute": "blockdev-add", "arguments": qcow2("theirs", image)})
         assert answer["error"]["desc"] == HELD
     # -U is force-share

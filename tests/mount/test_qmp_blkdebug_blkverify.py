@@ -313,7 +313,7 @@ def test_nodes_are_called_as_by_qemu(mount: Callable[..., Mount], images: Path, 
     stack, expected = NAMES[name]
     (images / "rules").touch()
     node = {"node-name": "drv0", **_place(stack, images)}
-    with storage_daemon(images) as qemu:
+    with storage_daemon() as qemu:
         qemu("blockdev-add", node)
         theirs = qemu("query-named-block-nodes")
     mounted = mount(node)

@@ -49,11 +49,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     (images / "b.qcow2").write_bytes((images / "a.qcow2").read_bytes())
     run(*create, "-o", "compat=0.10,cluster_size=4k", images / "old.qcow2", "1M")
     run(*create, "-o", "lazy_refcounts=on,refcount_bits=64", images / "lazy.qcow2", "1M")
+    run(*create, "-o", "compression_type=zstd", images / "zstd.qcow2", "1M")
     run(*create, "-b", "a.qcow2", "-F", "qcow2", images / "overlay.qcow2")
     run(*create, "-b", images / "overlay.qcow2", images / "top.qcow2", "-F", "qcow2")
     (images / "rules").write_text('[inject-error]\nevent = "l1_update"\n')
     (images / "no-rules").touch()
-    with pytest.MonkeyPatch.context() as patch, storage_daemon(images) as qemu:
+    with pytest.MonkeyPatch.context() as patch, storage_daemon() as qemu:
         directory = tmp_path_factory.mktemp("mount")
         patch.setenv("FUSEBD_RUNTIME_DIR", str(directory / "run"))
         mount = Mount(directory / "mnt", "devfuse", [])
@@ -144,6 +145,7 @@ STACKS: dict[str, list[Json]] = {
     "qcow2": [qcow2("a.qcow2")],
     "qcow2 version 2": [qcow2("old.qcow2")],
     "qcow2 with features": [qcow2("lazy.qcow2")],
+    "qcow2 compressed with zstd": [qcow2("zstd.qcow2")],
     "overlay": [qcow2("overlay.qcow2")],
     "two overlays": [qcow2("top.qcow2")],
     "overlay without its backing file": [qcow2("overlay.qcow2", backing=None)],
