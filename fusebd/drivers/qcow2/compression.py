@@ -39,7 +39,7 @@ def _unzstd(data: bytes | bytearray, size: int) -> bytes:
     """A cluster may be several frames.  Reading from a stream bounds what a frame can make of itself."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     try:
-        with decompressor.stream_reader(bytes(data), read_across_frames=True) as stream:
+        with decompressor.stream_reader(data, read_across_frames=True) as stream:
             return stream.read(size)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged: {error}") from None

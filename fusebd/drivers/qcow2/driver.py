@@ -85,7 +85,7 @@ class Qcow2(FormatDriver):
         self._resizer = Resizer(image, tables, refcounts, self._allocator, self._zeroer, self.pwritev)
         self._flushing = Mutex()
         self._sealed = 0  #: lists of freed clusters that the flush under way makes releasable
-        self._inflated: tuple[int, bytes] = (-1, b"")  #: the compressed cluster that was read last, by its L2 entry
+        self._decompressed: tuple[int, bytes] = (-1, b"")  #: the compressed cluster that was read last, by its L2 entry
         self.length = image.header.size
         self.limits.pwrite_zeroes_alignment = self.limits.pdiscard_alignment = image.cluster_size
 
@@ -255,7 +255,7 @@ class Qcow2(FormatDriver):
     async def _read_compressed(self, entry: int, in_cluster: int, bufs: Buffers) -> None:
         """Fill *bufs* from byte *in_cluster* on of the cluster that the L2 *entry* describes."""
         image = self._image
-        if self._inflated[0] != entry:
+        if self._decompressed[0] != entry:
             host_offset, length = ondisk.parse_compressed(entry, image.cluster_bits)
             epoch = image.epoch
             epoch.count += 1
@@ -268,10 +268,10 @@ class Qcow2(FormatDriver):
                 cluster = decompress(image.header.compression_type, data, image.cluster_size)
             except ValueError:
                 raise image.error("read", reason="compressed cluster cannot be decompressed") from None
-            self._inflated = entry, cluster
+            self._decompressed = entry, cluster
         at = in_cluster
         for buf in bufs:
-            buf[:] = self._inflated[1][at : at + len(buf)]
+            buf[:] = self._decompressed[1][at : at + len(buf)]
             at += len(buf)
 
     # -- writing --------------------------------------------------------------------------------
