@@ -93,6 +93,7 @@ class Gate:
         self.waiting, self.opened = 0, trio.Event()
         self._carry_out = getattr(memory, operation)
         setattr(memory, operation, self._wait)
+        memory.node.refresh_edges()
 
     async def _wait(self, *arguments: Any) -> None:
         self.waiting += 1

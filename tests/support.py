@@ -10,6 +10,7 @@ import trio
 from msgspec import Meta
 
 from fusebd.block.child import Child, Root, fill_zeroes
+from fusebd.block.debugevents import EVENTS
 from fusebd.block.driver import Buffers, FilterDriver, Node, Preallocation, ProtocolDriver, nbytes, register
 from fusebd.block.graph import Graph
 from fusebd.block.opening import Opening
@@ -128,7 +129,7 @@ def snapshot(graph: Graph) -> dict[str, Any]:
 def _state(node: Node) -> dict[str, Any]:
     edges = [(edge, edge.role, edge.perm, edge.shared, edge.driver, edge._mask) for edge in node.parents]
     # what has been written and flushed on the way does not count
-    passing = ("parents", "children", "counters", "write_generation", "flushed_generation")
+    passing = ("parents", "children", "counters", "tallies", "flushed_generation")
     kept = {name: value for name, value in vars(node).items() if name not in passing}
     driver = {name: value for name, value in vars(node.driver).items() if name != "limits"}
     if isinstance(node.driver, File):  # nor does what it has learnt about the host
@@ -211,13 +212,13 @@ class Recorder(FilterDriver):
         self.fail_at = -1
         self.journal: list[tuple[int, bytes] | None] = []
         self._failing = False
-        self.debug_event = self._record
+        self.listens = frozenset(EVENTS)
 
     @classmethod
     async def open(cls, opening: Opening, options: RecorderOptions) -> Recorder:
         return cls(opening.node, await opening.child("file", options.file, Role.FILTERED | Role.PRIMARY))
 
-    async def _record(self, event: str) -> None:
+    def announced(self, event: str) -> None:
         if len(self.events) == self.fail_at:
             self._failing = True
         self.events.append(event)

@@ -1,4 +1,4 @@
-"""The moments that drivers and edges announce through ``debug_event``, for the filters below that make use of them.
+"""The moments that drivers and edges announce (``Child.announce``), for the filters below that make use of them.
 
 Names and meaning: QAPI BlkdebugEvent.
 """

@@ -37,6 +37,7 @@ from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.block.qjson import loads
 from fusebd.block.reopening import Reopening
 from fusebd.block.status import BlockStatus, Status
+from fusebd.block.straight import Bypass
 from fusebd.errors import NotSupported, OptionError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "NO_FALLBACK",
     "BlockStatus",
     "Buffers",
+    "Bypass",
     "Child",
     "Driver",
     "FilterDriver",
@@ -154,9 +156,8 @@ class Driver:
     node: Node
     length: int = 0
     limits: Limits
-    #: blkdebug's hook: the parent's driver announces its events here.  None nearly always, so
-    #: callers write ``if self.file.debug_event is not None: await self.file.debug_event("l2_load")``
-    debug_event: Callable[[str], Awaitable[None]] | None = None
+    #: those of ``fusebd.block.debugevents`` that the driver wants to hear of; the edges above go by it
+    listens: frozenset[str] = frozenset()
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -194,6 +195,18 @@ class Driver:
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         """Fill *bufs* with the bytes from byte *offset* on: all of them, or raise BlockIOError."""
         raise NotSupported(node_name=self.node.name, operation="read")
+
+    def read_bypass(self) -> Bypass | None:
+        """Where reads need not come here for, as long as ``Node.refresh_edges`` is not called; None: nowhere."""
+        return None
+
+    def write_bypass(self) -> Bypass | None:
+        """The same for writes without flags, inside the node."""
+        return None
+
+    def announced(self, event: str) -> Awaitable[None] | None:
+        """The parent's driver or the edge to it announces *event*, one that it listens for; what to wait for then."""
+        return None
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         """Write all of *bufs* from byte *offset* on.  *flags*: FUA (if ``supports_fua``), COMPRESSED."""
@@ -233,14 +246,13 @@ class Driver:
         """
         node = self.node
         primary = node.primary_child
-        announce = primary.debug_event if primary is not None else None
-        if announce is not None:
-            await announce("flush_to_os")
+        if primary is not None:
+            await primary.announce("flush_to_os")
         await self.flush_to_os()
         generation = node.write_generation
         if not node.no_flush and node.flushed_generation != generation:
-            if announce is not None:
-                await announce("flush_to_disk")
+            if primary is not None:
+                await primary.announce("flush_to_disk")
             await self.flush_to_disk()
         for child in list(node.children.values()):
             if child.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
@@ -295,7 +307,7 @@ class Driver:
         """The node below *child* has a new length."""
 
     def child_refreshed(self, child: Child) -> None:
-        """*child* leads to another node now, or its node has another ``debug_event`` or other limits."""
+        """*child* leads to another node now, or its node listens for other events or other limits."""
 
     def new_child(self, below: Node) -> tuple[str, Role]:
         """What name and role *below* gets as one more child; raise GraphError to refuse it."""

@@ -198,6 +198,7 @@ class Graph:
         if node.is_open:
             with self._undelayed(self.subtree(node)):
                 await self._close(node, name)
+        node.settle_tallies()
         node.is_open = False
         self.nodes.pop(node.name, None)
         children = [edge.node for edge in node.children.values()]

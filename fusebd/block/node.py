@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from fusebd.block.options import BlockdevOptions
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Counters:
     """What went through a node since it was opened: requests, bytes, failures, nanoseconds.
 
-    The names are those of QAPI BlockDeviceStats.
+    The names are those of QAPI BlockDeviceStats, but for ``changes``: writes and the like that have ended, well or not.
     """
 
     rd_operations: int = 0
@@ -42,9 +42,39 @@ class Counters:
     unmap_total_time_ns: int = 0
     failed_unmap_operations: int = 0
     wr_highest_offset: int = 0
+    changes: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """All but ``changes``."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def add(self, other: Counters) -> None:
+        """Count what *other* has counted, too."""
+        highest = max(self.wr_highest_offset, other.wr_highest_offset)
+        for name in (*_COUNTED, "changes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.wr_highest_offset = highest
+
+
+_COUNTED = tuple(field.name for field in fields(Counters) if field.name != "changes")
+
+
+class Tally(Counters):
+    """What went through several nodes at once, the *nodes* of a straight path (``fusebd.block.straight``)."""
+
+    __slots__ = ("nodes",)
+
+    def __init__(self, nodes: tuple[Node, ...]) -> None:
+        super().__init__()
+        self.nodes = nodes
+        for node in nodes:
+            node.tallies.append(self)
+
+    def settle(self) -> None:
+        """Enter the count with each of the nodes.  Nothing is under way on the path, nor will be again."""
+        for node in self.nodes:
+            node.counters.add(self)
+            node.tallies.remove(self)
 
 
 @dataclass(slots=True)
@@ -129,9 +159,10 @@ class Node:
         self.opened_backing = ""
         self.parents: list[Child] = []
         self.children: dict[str, Child] = {}
+        #: what came to this node alone; ``counted`` is all
         self.counters = Counters()
+        self.tallies: list[Tally] = []
         self.ranges = RangeLock()
-        self.write_generation = 0
         self.flushed_generation = 0
         self.watches: list[ContentWatch] = []
         self.perm, self.shared = Perm.NONE, Perm.ALL  # what the driver was last told
@@ -233,6 +264,23 @@ class Node:
         for edge in self.parents:
             edge.refresh()
 
+    def counted(self) -> Counters:
+        """What went through the node."""
+        total = Counters()
+        for part in (self.counters, *self.tallies):
+            total.add(part)
+        return total
+
+    @property
+    def write_generation(self) -> int:
+        """Another number after each write: where it is that of the last flush, there is nothing to flush."""
+        return self.counters.changes + sum(tally.changes for tally in self.tallies)
+
+    def settle_tallies(self) -> None:
+        """No request will come through the node any more: nobody has to remember it for the sake of a count."""
+        for tally in list(self.tallies):
+            tally.settle()
+
     def backing_descriptor(self) -> int:
         """The host's file that holds the node's bytes, just them and where they are, for who goes past the block layer.
 
@@ -245,7 +293,7 @@ class Node:
 
     def changed_aside(self) -> None:
         """The content may have changed otherwise than by a request through an edge: the next flush matters."""
-        self.write_generation += 1
+        self.counters.changes += 1
         for watch in self.watches:
             watch.changed(self, 0, 0)
 

@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from fusebd.block.driver import (
     BlockStatus,
     Buffers,
+    Bypass,
     Child,
     FormatDriver,
     Node,
@@ -77,10 +78,12 @@ class RawReopening(Reopening):
 
     def apply(self) -> None:
         self.driver.set_window(self.options)
+        self.node.refresh_edges()
 
     def undo(self) -> None:
         assert isinstance(self.node.options, RawOptions)
         self.driver.set_window(self.node.options)
+        self.node.refresh_edges()
 
 
 @register("raw", RawOptions)
@@ -133,17 +136,23 @@ class Raw(FormatDriver):
     def child_resized(self, child: Child) -> None:
         self.node.set_length(self._length_over(child))
 
+    def read_bypass(self) -> Bypass | None:
+        return Bypass(self.file) if self.shows_child and "read_aio" not in self.file.events else None
+
+    def write_bypass(self) -> Bypass | None:
+        return Bypass(self.file) if self.shows_child and "write_aio" not in self.file.events else None
+
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         file = self.file
-        if file.debug_event is not None:
-            await file.debug_event("read_aio")
+        if "read_aio" in file.events:
+            await file.announce("read_aio")
         await file.preadv(offset + self._offset, bufs)
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         file = self.file
         self._check_inside(offset, nbytes(bufs))
-        if file.debug_event is not None:
-            await file.debug_event("write_aio")
+        if "write_aio" in file.events:
+            await file.announce("write_aio")
         await file.pwritev(offset + self._offset, bufs, flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from fusebd.block.driver import Buffers, Child, FilterDriver, Node, nbytes, register
+from fusebd.block.driver import Buffers, Bypass, Child, FilterDriver, Node, nbytes, register
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef
 from fusebd.block.perms import Role
@@ -91,6 +91,18 @@ class Throttle(FilterDriver):
     async def flush(self) -> None:
         # without the events that a flush announces elsewhere, as in QEMU
         await self.file.flush()
+
+    def read_bypass(self) -> Bypass | None:
+        return Bypass(self.file, self._concerns_read)
+
+    def write_bypass(self) -> Bypass | None:
+        return Bypass(self.file, self._concerns_write)
+
+    def _concerns_read(self, offset: int, length: int) -> bool:
+        return self._member.group.state.is_limited(READ)
+
+    def _concerns_write(self, offset: int, length: int) -> bool:
+        return self._member.group.state.is_limited(WRITE)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         await self._member.admit(READ, nbytes(bufs))

@@ -170,7 +170,7 @@ def node_stats(node: Node, *, backing: bool) -> dict[str, Json]:
     """QAPI BlockStats.  *backing*: with those of the backing (or filtered) node."""
     found: dict[str, Json] = {
         "node-name": node.name,
-        "stats": {**node.counters.as_dict(), **_NEVER_COUNTED},
+        "stats": {**node.counted().as_dict(), **_NEVER_COUNTED},
     }
     specific = node.driver.specific_stats()
     if specific:

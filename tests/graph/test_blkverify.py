@@ -527,6 +527,7 @@ class Gate:
         self.waiting, self.opened = 0, trio.Event()
         self._read = memory.preadv
         memory.preadv = self.preadv  # type: ignore[method-assign]
+        memory.node.refresh_edges()
 
     async def preadv(self, offset: int, bufs: Any) -> None:
         self.waiting += 1

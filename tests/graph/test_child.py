@@ -179,7 +179,7 @@ async def test_requests_are_counted(graph: Graph) -> None:
     await root.pwrite_zeroes(100, 28, MAY_UNMAP)
     await root.pdiscard(0, 512)
     await root.flush()
-    counted = graph.find("m").counters
+    counted = graph.find("m").counted()
     assert (counted.rd_operations, counted.rd_bytes) == (1, 100)
     assert (counted.wr_operations, counted.wr_bytes, counted.wr_highest_offset) == (2, 38, 128)
     assert (counted.unmap_operations, counted.unmap_bytes, counted.flush_operations) == (1, 512, 1)

@@ -12,6 +12,7 @@ from fusebd.block.contentwatch import ContentWatch
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import insert_filter, remove_filter
 from fusebd.block.perms import Perm
+from fusebd.block.straight import is_plain
 from fusebd.errors import BlockIOError, FusebdError, NotSupported
 
 NODES = ("disk", "middle", "upper")
@@ -97,9 +98,9 @@ async def test_the_plain_way_is_left_only_by_who_has_to_tell(stack: Graph) -> No
     other = root_of(stack, "disk")
     ways = [*stack.find("middle").children.values(), *stack.find("upper").children.values()]
     watcher = Watcher(stack, "upper")
-    assert [way._plain_write for way in (*ways, watcher.root, other)] == [True, True, True, False]
+    assert [is_plain(way) for way in (*ways, watcher.root, other)] == [True, True, True, False]
     watcher.watch.close()
-    assert other._plain_write
+    assert is_plain(other)
 
 
 async def test_a_filter_that_comes_or_goes_is_a_change_and_one_s_own_way(stack: Graph) -> None:

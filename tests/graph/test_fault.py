@@ -704,13 +704,13 @@ async def test_an_event_of_the_node_above_arms_a_rule(graph: Graph) -> None:
     await graph.blockdev_add({"driver": "fault", "node-name": "disk", "file": "medium"})
     await graph.blockdev_add({"driver": "raw", "node-name": "top", "file": "disk"})
     root = root_of(graph, "top")
-    assert graph.find("disk").driver.debug_event is None
+    assert graph.find("disk").driver.listens == frozenset()
     ident = await add(graph, action="error", event="write_aio", operations=["read"], times=1)
     assert await read(root, 0, 512) == bytes(512)
     await write(root, 0, NEW)
     with pytest.raises(BlockIOError):
         await read(root, 0, 512)
-    assert graph.find("disk").driver.debug_event is None  # it is spent, and nobody else listens
+    assert graph.find("disk").driver.listens == frozenset()  # it is spent, and nobody else listens
     await fault(graph).remove_rule(FaultRuleRemove(id=ident))
     await graph.detach_root(root)
 
@@ -758,7 +758,7 @@ async def test_events_find_a_listener_that_was_inserted_later(graph: Graph) -> N
         await read(root, 0, 512)
     await remove_filter(graph, inserted.name)
     assert await read(root, 0, 512) == bytes(512)
-    assert graph.find("disk").driver.debug_event is None
+    assert graph.find("disk").driver.listens == frozenset()
     await graph.detach_root(root)
 
 

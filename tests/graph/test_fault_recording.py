@@ -651,7 +651,7 @@ async def test_requests_are_counted_only_for_recording_and_replay(graph: Graph, 
     flags = ("_reads", "_writes", "_zeroes", "_discards", "_flushes", "_statuses")
 
     def looked_at() -> list[bool]:
-        listens = disk.debug_event is not None
+        listens = bool(disk.listens)
         return [*(getattr(disk, name) for name in flags), listens, disk._decide != disk.rules.decide]
 
     assert looked_at() == [False] * 8

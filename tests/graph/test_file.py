@@ -159,7 +159,7 @@ async def test_fua_and_flush_succeed(graph: Graph, image: Path) -> None:
     await root.pwritev(0, (memoryview(b"durable"),), FUA)
     await root.flush()
     assert image.read_bytes()[:7] == b"durable"
-    assert graph.find("f").counters.flush_operations == 1
+    assert graph.find("f").counted().flush_operations == 1
 
 
 @pytest.mark.parametrize(

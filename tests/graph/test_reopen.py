@@ -422,8 +422,8 @@ async def test_requests_under_way_end_before_and_others_wait_until_after(graph: 
         assert (done, graph.find("r").children["file"].node.name) == ([], "slow")
     assert done == ["before", "after"]
     # the second one did not go to the slow node
-    assert graph.find("slow").counters.rd_operations == 1
-    assert graph.find("other").counters.rd_operations == 1
+    assert graph.find("slow").counted().rd_operations == 1
+    assert graph.find("other").counted().rd_operations == 1
     await graph.detach_root(root)
 
 

@@ -266,12 +266,12 @@ def test_the_state_of_a_rule_with_an_event_counts_when_that_is_announced() -> No
 
 def test_a_state_can_be_set_by_an_event_itself() -> None:
     rules = rule_set({"action": "set-state", "event": "l2_load", "set-state": 9, "nth": 2})
-    assert rules.uses_events
+    assert rules.events == {"l2_load"}
     rules.announce("l2_load")
     assert (rules.state, decided(rules, READ_0)) == (1, [False])
     rules.announce("l2_load")
     assert rules.state == 9
-    assert not rules.uses_events
+    assert not rules.events
 
 
 # --- coming and going ----------------------------------------------------------------------------

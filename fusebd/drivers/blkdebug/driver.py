@@ -1,6 +1,6 @@
 """blkdebug: fail chosen requests at chosen moments, stop them, and tell the layers above about limits.
 
-Parents announce what they are about to do on their child's ``debug_event``; rules (``rules.py``) turn such
+Parents announce what they are about to do to their child; rules (``rules.py``) turn such
 events into errors for the requests that follow; breakpoints (``stops.py``) hold whoever announces them.  Rules and
 breakpoints come and go by commands, and each injected error is in the ledger.  The limits are kept by the edge above.
 
@@ -13,6 +13,7 @@ import errno
 import logging
 import math
 import os
+from collections.abc import Awaitable
 from typing import Annotated, ClassVar, Literal
 
 import trio
@@ -22,6 +23,7 @@ from fusebd.block.debugevents import EVENTS, BlkdebugEvent
 from fusebd.block.driver import (
     BlockStatus,
     Buffers,
+    Bypass,
     Child,
     FilterDriver,
     Limits,
@@ -176,6 +178,7 @@ class Blkdebug(FilterDriver):
         self.rules = RuleSet()
         self._stops = Stops(self._stopped)
         self._drains = 0
+        self._passes = True  #: there are no rules
         self._config = "" if options.config is UNSET else str(options.config)
         told = (getattr(options, name.replace("-", "_")) for name in self.strong_options - {"config"})
         self._has_short_name = all(value is UNSET or value == [] for value in told)
@@ -230,6 +233,18 @@ class Blkdebug(FilterDriver):
         return name if below and self._has_short_name and len(os.fsencode(name)) < _FILENAME_LENGTH else ""
 
     # -- requests -------------------------------------------------------------------------------
+
+    def read_bypass(self) -> Bypass | None:
+        return Bypass(self.file, None if self._passes else self._concerns_read)
+
+    def write_bypass(self) -> Bypass | None:
+        return Bypass(self.file, None if self._passes else self._concerns_write)
+
+    def _concerns_read(self, offset: int, length: int) -> bool:
+        return self.rules.covered("read", offset, length)
+
+    def _concerns_write(self, offset: int, length: int) -> bool:
+        return self.rules.covered("write", offset, length)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         if self.rules.active:
@@ -289,18 +304,19 @@ class Blkdebug(FilterDriver):
 
     # -- events and breakpoints -----------------------------------------------------------------
 
-    async def _announced(self, event: str) -> None:
+    def announced(self, event: str) -> Awaitable[None] | None:
         """While the node is drained, breakpoints stay as they are: nothing may be held then."""
         tags = self.rules.announce(event, stops=not self._drains)
-        if tags:
-            self._refresh_events()
-            await self._stops.hold(event, tags)
+        if not tags:
+            return None
+        self._refresh_events()
+        return self._stops.hold(event, tags)
 
     def _refresh_events(self) -> None:
-        """Hear of events only if there are rules: announcing costs every request above."""
-        wanted = len(self.rules) > 0
-        if wanted is not (self.debug_event is not None):
-            self.debug_event = self._announced if wanted else None
+        """Hear only of events that rules wait for, and of requests only if there are rules."""
+        events = self.rules.events
+        if events != self.listens or self._passes != (not self.rules):
+            self.listens, self._passes = events, not self.rules
             self.node.refresh_edges()
 
     def _stopped(self, stop: Stop) -> None:

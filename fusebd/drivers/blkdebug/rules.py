@@ -139,6 +139,8 @@ class RuleSet:
         self.active: list[InjectRule] = []
         self._rules: list[Rule] = []
         self._by_event: dict[str, list[Rule]] = {}
+        #: for events that do nothing but inject, whatever the state: the list that becomes active
+        self._always: dict[str, list[InjectRule]] = {}
         self._numbered = 0
 
     def __iter__(self) -> Iterator[Rule]:
@@ -193,7 +195,17 @@ class RuleSet:
     def _enter(self, rule: Rule) -> Rule:
         self._rules.append(rule)
         self._by_event.setdefault(rule.event, []).append(rule)
+        self._sort_out(rule.event)
         return rule
+
+    def _sort_out(self, event: str) -> None:
+        """The rules of *event* are others: whether its announcement always does the same."""
+        rules = self._by_event.get(event, [])
+        injecting = [rule for rule in rules if isinstance(rule, InjectRule) and not rule.state]
+        if injecting and len(injecting) == len(rules):
+            self._always[event] = injecting
+        else:
+            self._always.pop(event, None)
 
     def remove(self, ident: str) -> None:
         """Take the rule *ident* away, active or not.  Raises CommandError if there is none."""
@@ -201,6 +213,11 @@ class RuleSet:
         if rule is None or not ident:
             raise CommandError(f"No blkdebug rule with id '{ident}'")
         self._drop(rule)
+
+    @property
+    def events(self) -> frozenset[str]:
+        """Those that do something when they are announced."""
+        return frozenset(self._by_event)
 
     @property
     def breakpoints(self) -> list[Breakpoint]:
@@ -220,14 +237,19 @@ class RuleSet:
         rules.remove(rule)
         if not rules:
             del self._by_event[rule.event]
-        if isinstance(rule, InjectRule) and rule in self.active:
-            self.active.remove(rule)
+        self._sort_out(rule.event)
+        if isinstance(rule, InjectRule):
+            self.active = [other for other in self.active if other is not rule]
 
     def announce(self, event: str, *, stops: bool = True) -> list[str]:
         """*event* happens.  The tags of the breakpoints that were reached, in the order in which they were set.
 
         Without *stops* they stay as they are.
         """
+        always = self._always.get(event)
+        if always is not None:
+            self.active = always
+            return []
         rules = self._by_event.get(event)
         if rules is None:
             return []
@@ -254,6 +276,13 @@ class RuleSet:
         elif isinstance(rule, SetStateRule):
             rule.hits += 1
             self.state = rule.new_state
+
+    def covered(self, io_type: str, offset: int, length: int) -> bool:
+        """Whether an active rule decides such a request."""
+        for rule in self.active:
+            if (rule.offset is None or offset <= rule.offset < offset + length) and io_type in rule.io_types:
+                return True
+        return False
 
     def fire(self, io_type: str, offset: int, length: int) -> InjectRule | None:
         """The rule whose error the request gets, None if it goes through; counts it, and drops it if ``once``."""

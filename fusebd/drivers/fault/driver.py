@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,10 +22,11 @@ from msgspec import UNSET, UnsetType
 
 from fusebd.block.caller import current_request
 from fusebd.block.child import FUA, copy_into, slice_buffers
-from fusebd.block.debugevents import EDGE_EVENTS
+from fusebd.block.debugevents import EDGE_EVENTS, EVENTS
 from fusebd.block.driver import (
     BlockStatus,
     Buffers,
+    Bypass,
     Child,
     FilterDriver,
     Node,
@@ -101,6 +102,7 @@ class Fault(FilterDriver):
         # whether requests of a kind have to be looked at
         self._reads = self._writes = self._zeroes = self._discards = self._flushes = self._statuses = False
         self._decide = self.rules.decide
+        self._bypass: tuple[Bypass | None, Bypass | None] = None, None
         if run is not None and self._replay is not None:
             self._replay.begin(run.header, self.rules, self.medium.damage, self.medium.length)
         for index, rule in enumerate(options.rules):
@@ -378,6 +380,30 @@ class Fault(FilterDriver):
         self._discards = taped or bool(rules["discard"])
         self._flushes = taped or bool(rules["flush"])
         self._statuses = taped or damage.has_flips or bool(rules["block-status"])
+        self._refresh_bypass()
+
+    def _refresh_bypass(self) -> None:
+        """Have requests go past that nothing can happen to."""
+        read = write = None
+        if not self._is_taped and not self.medium.damage and self.length == self.medium.length:
+            rules = self.rules.by_operation
+            read = Bypass(self.file, self._concerns_read if rules["read"] else None)
+            write = Bypass(self.file, self._concerns_write if rules["write"] else None)
+        if (read, write) != self._bypass:
+            self._bypass = read, write
+            self.node.refresh_edges()
+
+    def read_bypass(self) -> Bypass | None:
+        return self._bypass[0]
+
+    def write_bypass(self) -> Bypass | None:
+        return self._bypass[1]
+
+    def _concerns_read(self, offset: int, length: int) -> bool:
+        return self.rules.touch("read", offset, offset + length)
+
+    def _concerns_write(self, offset: int, length: int) -> bool:
+        return self.rules.touch("write", offset, offset + length)
 
     # -- recording and replay -------------------------------------------------------------------
 
@@ -472,6 +498,7 @@ class Fault(FilterDriver):
             self.node.set_length(length)
         else:
             self.length = length
+        self._refresh_bypass()
 
     def child_refreshed(self, child: Child) -> None:
         if child is self.file:
@@ -480,22 +507,23 @@ class Fault(FilterDriver):
     def _refresh_events(self) -> None:
         """Hear of events only if someone here or below makes use of them: announcing costs every request above.
 
-        A recording counts them, and so does its replay.
+        A recording counts all, and so does its replay.
         """
-        wanted = self._is_taped or self.rules.uses_events or self.file.debug_event is not None
-        if wanted is not (self.debug_event is not None):
-            self.debug_event = self._announced if wanted else None
+        # what an edge announces of its own requests, the one to the node below announces, too
+        below = self.file.events - EDGE_EVENTS
+        events = frozenset(EVENTS) if self._is_taped else self.rules.events | below
+        if events != self.listens:
+            self.listens = events
             self.node.refresh_edges()
 
-    async def _announced(self, event: str) -> None:
+    def announced(self, event: str) -> Awaitable[None] | None:
         if self._is_taped:
             self._arrive("event")
         self.rules.announce(event)
         self._catch_up()
-        below = self.file.debug_event
-        # what an edge announces of its own requests, the one to the node below announces, too
-        if below is not None and event not in EDGE_EVENTS:
-            await below(event)
+        if event not in EDGE_EVENTS and event in self.file.events:
+            return self.file.announce(event)
+        return None
 
     # -- commands -------------------------------------------------------------------------------
 

@@ -238,9 +238,9 @@ class RuleSet:
         return len(self._rules)
 
     @property
-    def uses_events(self) -> bool:
-        """Whether any rule has to hear of events."""
-        return any(rule.event is not None and not rule.spent for rule in self)
+    def events(self) -> frozenset[str]:
+        """Those that some rule has to hear of."""
+        return frozenset(rule.event for rule in self if rule.event is not None and not rule.spent)
 
     @property
     def advertised(self) -> int | None:
@@ -318,11 +318,16 @@ class RuleSet:
 
     def decide(self, operation: str, offset: int, length: int, flags: int = 0) -> Verdict | None:
         """What becomes of a request of *length* bytes at byte *offset*; None if no rule is hit."""
-        end = offset + length
-        for rule in self.by_operation[operation]:
-            if offset < rule.end and end > rule.start:
-                return self._decide(Request(operation, offset, length, flags))
+        if self.touch(operation, offset, offset + length):
+            return self._decide(Request(operation, offset, length, flags))
         return None
+
+    def touch(self, operation: str, start: int, end: int) -> bool:
+        """Whether any rule may have to do with the bytes *start* to *end*."""
+        for rule in self.by_operation[operation]:  # noqa: SIM110 - a generator costs as much as all the rest
+            if start < rule.end and end > rule.start:
+                return True
+        return False
 
     def _decide(self, request: Request) -> Verdict | None:
         verdict: Verdict | None = None

@@ -253,7 +253,19 @@ class File(ProtocolDriver):
             if self._nowait_write:
                 await self._in_thread("write", offset, self._write_all, offset, bufs, done)
                 return
-        await self._promptly("write", offset, self._write_all, offset, bufs, done)
+        # ``_promptly``, without the calls: this is where most writes go through
+        began = perf_counter()
+        if done or began < self._cautious_until:
+            await self._promptly("write", offset, self._write_all, offset, bufs, done)
+            return
+        try:
+            done = os.pwritev(self._fd, bufs, offset)
+        except OSError as error:
+            raise self._failed("write", offset, error) from None
+        self._judge(perf_counter() - began)
+        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
+        if done < size:
+            await self._promptly("write", offset, self._write_all, offset, bufs, done)
 
     def _write_all(self, offset: int, bufs: Buffers, done: int, flags: int = 0) -> None:
         size = nbytes(bufs)
@@ -359,12 +371,15 @@ class File(ProtocolDriver):
         except OSError as error:
             raise self._failed(operation, offset, error) from None
         finally:
-            now = perf_counter()
-            self._since_slow += 1
-            if now - began > SLOW:
-                if self._since_slow <= CLOSE:
-                    self._cautious_until = now + CAUTION * (now - began)
-                self._since_slow = 0
+            self._judge(perf_counter() - began)
+
+    def _judge(self, took: float) -> None:
+        """A call on the spot has taken so many seconds: whether the next ones are better made in threads."""
+        self._since_slow += 1
+        if took > SLOW:
+            if self._since_slow <= CLOSE:
+                self._cautious_until = perf_counter() + CAUTION * took
+            self._since_slow = 0
 
     async def _directly(self, operation: str, offset: int, request: Awaitable[None]) -> None:
         try:
@@ -397,7 +412,7 @@ class File(ProtocolDriver):
         return {"dirty-flag": False, "format-specific": {"type": "file", "data": {}}}
 
     def specific_stats(self) -> dict[str, Json]:
-        counters = self.node.counters
+        counters = self.node.counted()
         return {
             "discard-nb-ok": counters.unmap_operations,
             "discard-nb-failed": counters.failed_unmap_operations,

@@ -255,7 +255,7 @@ class Allocator:
     async def _zero_space(self, piece: Piece, host_offset: int, length: int) -> bool:
         """Make the space of *piece* zero without writing buffers; False if that cannot be done."""
         file = self.image.file
-        if file.debug_event is None and host_offset >= file.driver.length:
+        if not file.events and host_offset >= file.driver.length:
             return True  # past the end of the file all is zero
         if not self._file_zeroes:
             return False

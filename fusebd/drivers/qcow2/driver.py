@@ -193,8 +193,8 @@ class Qcow2(FormatDriver):
         epoch = self._image.epoch
         epoch.count += 1
         try:
-            if file.debug_event is not None:
-                await file.debug_event("read_aio")
+            if "read_aio" in file.events:
+                await file.announce("read_aio")
             await file.preadv(host_offset, bufs)
         finally:
             epoch.count -= 1
@@ -223,8 +223,8 @@ class Qcow2(FormatDriver):
             elif kind == mapping.COMPRESSED:
                 await self._read_compressed(host_offset, at & image.cluster_mask, part)
             elif kind == mapping.UNALLOCATED and self._backing is not None:
-                if self._file.debug_event is not None:
-                    await self._file.debug_event("read_backing_aio")
+                if "read_backing_aio" in self._file.events:
+                    await self._file.announce("read_backing_aio")
                 await self._backing.preadv(at, part)
             else:
                 fill_zeroes(part)
@@ -300,8 +300,8 @@ class Qcow2(FormatDriver):
                     epoch = image.epoch
                     epoch.count += 1
                     try:
-                        if file.debug_event is not None:
-                            await file.debug_event("write_aio")
+                        if "write_aio" in file.events:
+                            await file.announce("write_aio")
                         await file.pwritev(host_offset + in_cluster, bufs)
                     finally:
                         epoch.count -= 1

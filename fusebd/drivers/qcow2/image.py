@@ -177,8 +177,8 @@ class Image:
 
     async def announce(self, event: str) -> None:
         """Tell blkdebug, if it is below, that *event* is about to happen; raises what it injects."""
-        if self.file.debug_event is not None:
-            await self.file.debug_event(event)
+        if event in self.file.events:
+            await self.file.announce(event)
 
     async def check_overlap(self, offset: int, length: int, ignore: int = 0) -> None:
         """Raise if a write of *length* bytes at the host *offset* would hit metadata other than of kind *ignore*."""
