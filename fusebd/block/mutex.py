@@ -9,9 +9,11 @@ import trio
 
 
 class Mutex:
-    """A fair lock that does not suspend when it is free.
+    """A lock that does not suspend when it is free.  ``async with mutex``.
 
-    ``async with mutex``.  Only the task that waits can be woken, in the order of arrival.
+    Who comes while it is free has it, even if others have been woken for it and not got their turn yet; these go on
+    waiting, ahead of all others.  Were it handed to them instead, everybody who came meanwhile would have to wait as
+    well, and so on for as long as requests come: a convoy, in which each request takes a trip through the scheduler.
     """
 
     __slots__ = ("_held", "_waiting")
@@ -21,19 +23,20 @@ class Mutex:
         self._waiting: deque[trio.Event] = deque()
 
     async def __aenter__(self) -> None:
-        if not self._held:
-            self._held = True
-            return
-        turn = trio.Event()
-        self._waiting.append(turn)
-        try:
-            await turn.wait()
-        except BaseException:
-            if turn.is_set():
-                self.release()
-            else:
-                self._waiting.remove(turn)
-            raise
+        place = len(self._waiting)
+        while self._held:
+            turn = trio.Event()
+            self._waiting.insert(place, turn)
+            place = 0
+            try:
+                await turn.wait()
+            except BaseException:
+                if turn.is_set():
+                    self._wake()  # in place of this one
+                else:
+                    self._waiting.remove(turn)
+                raise
+        self._held = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -41,8 +44,10 @@ class Mutex:
         self.release()
 
     def release(self) -> None:
-        """Let the next in turn have it: the lock is never free while somebody waits."""
-        if self._waiting:
+        """It is free; who waits longest may try."""
+        self._held = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting and not self._held:
             self._waiting.popleft().set()
-        else:
-            self._held = False
