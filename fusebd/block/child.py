@@ -104,6 +104,8 @@ class Child:
     __slots__ = (
         "_mask",
         "_max_transfer",
+        "_may_grow",
+        "_perm",
         "_read",
         "_read_concerns",
         "_read_counters",
@@ -118,7 +120,6 @@ class Child:
         "name",
         "node",
         "parent",
-        "perm",
         "role",
         "shared",
         "watches",
@@ -139,6 +140,16 @@ class Child:
         """The parent, as QEMU's messages call it."""
         assert self.parent is not None
         return f"node '{self.parent.name}'"
+
+    @property
+    def perm(self) -> Perm:
+        """What is taken of the node by this edge."""
+        return self._perm
+
+    @perm.setter
+    def perm(self, perm: Perm) -> None:
+        self._perm = perm
+        self._may_grow = bool(perm & Perm.RESIZE)
 
     def point_at(self, node: Node) -> None:
         """Lead to *node* from now on.  The caller keeps the parents' list and the permissions right."""
@@ -233,8 +244,9 @@ class Child:
         """Write all of *bufs* from byte *offset* on.  *flags*: FUA, COMPRESSED, and MAY_UNMAP for detected zeroes."""
         size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
         end = offset + size
+        grows = end > self.driver.length
         if (
-            end > self.driver.length
+            (grows and not (self._may_grow and self._write_counters is self.node.counters))
             or size > self._write_most
             or flags
             or (self._write_concerns is not None and self._write_concerns(offset, size))
@@ -255,9 +267,11 @@ class Child:
         counters.wr_total_time_ns += perf_counter_ns() - began
         if end > counters.wr_highest_offset:
             counters.wr_highest_offset = end
+        if grows and end > self.driver.length:
+            self.node.set_length(end)
 
     async def _pwritev_general(self, offset: int, bufs: Buffers, size: int, flags: int) -> None:
-        if offset + size > self.driver.length and not self.perm & Perm.RESIZE:
+        if offset + size > self.driver.length and not self._may_grow:
             raise self._past_end("write", offset)
         node, mask = self.node, self._mask
         if not size and offset & mask:
@@ -367,7 +381,7 @@ class Child:
         if not length:
             return
         node, mask, end = self.node, self._mask, offset + length
-        if end > self.driver.length and not self.perm & Perm.RESIZE:
+        if end > self.driver.length and not self._may_grow:
             raise self._past_end("write zeroes", offset)
         counters = node.counters
         first, last = (offset + mask) & ~mask, end & ~mask

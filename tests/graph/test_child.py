@@ -51,6 +51,14 @@ async def test_a_write_past_the_end_grows_a_node_that_may_resize(graph: Graph) -
     assert await read(root, 4096, 907) == bytes(904) + b"end"
 
 
+async def test_a_node_that_was_cut_grows_again_by_a_write_that_ends_where_there_has_been_one(graph: Graph) -> None:
+    root, memory = await stack(graph, RESIZE, size=4096)
+    await write(root, 5000, b"end")
+    await root.truncate(100)
+    await write(root, 200, b"again")
+    assert root.length == memory.length == 205
+
+
 @pytest.mark.parametrize("align", [1, 512, 4096])
 @pytest.mark.parametrize("max_transfer", [0, 8192])
 async def test_any_range_can_be_read_and_written_whatever_the_limits(

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
+from fusebd.block.shield import shielded
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.refcounts import Refcounts
@@ -99,8 +100,7 @@ class Allocator:
             try:
                 await conflict.wait()
             finally:
-                with trio.CancelScope(shield=True):
-                    await self.image.lock.__aenter__()
+                await shielded(self.image.lock.__aenter__())
 
     # -- the three steps ------------------------------------------------------------------------
 
@@ -134,15 +134,13 @@ class Allocator:
                 await write(piece, at)
             except BaseException:
                 if piece.in_flight is not None:
-                    with trio.CancelScope(shield=True):
-                        await self._undo(piece)
+                    await shielded(self._undo(piece))
                 raise
             finally:
                 epoch.count -= 1
             at += piece.length
             if piece.in_flight is not None:
-                with trio.CancelScope(shield=True):
-                    await self._link(piece)
+                await shielded(self._link(piece))
 
     async def _prepare(self, guest_offset: int, size: int) -> Piece:
         image, bits = self.image, self.image.cluster_bits
