@@ -42,6 +42,7 @@ from fusebd.errors import NotSupported, OptionError
 
 if TYPE_CHECKING:
     from fusebd.block.opening import Opening
+    from fusebd.block.snapshots import SnapshotStore
 
 __all__ = [
     "COMPRESSED",
@@ -283,6 +284,13 @@ class Driver:
 
     def refresh_length(self) -> None:
         """Take over the length that the host's file has by now, for others may have written to it."""
+
+    # -- states that the image keeps ------------------------------------------------------------
+
+    @property
+    def snapshot_store(self) -> SnapshotStore | None:
+        """The internal snapshots of the image; None if it cannot have any."""
+        return None
 
     # -- the graph ------------------------------------------------------------------------------
 

@@ -233,7 +233,7 @@ class Graph:
         """Close every node, parents before children; failures are logged and kept, not raised."""
         async with self.lock:
             for root in list(self.roots):
-                await self._detach_root(root)
+                await self.detach_root_locked(root)
             for node in list(self.nodes.values()):
                 node.monitor_owned = False
             while tops := [node for node in self.nodes.values() if not node.parents]:
@@ -340,9 +340,10 @@ class Graph:
     async def detach_root(self, root: Root) -> None:
         """End *root*; its node is closed if nothing else uses it.  Waits for *root*'s requests."""
         async with self.lock:
-            await self._detach_root(root)
+            await self.detach_root_locked(root)
 
-    async def _detach_root(self, root: Root) -> None:
+    async def detach_root_locked(self, root: Root) -> None:
+        """``detach_root`` for who holds ``lock``."""
         if root.in_flight:  # else nothing is waited for, and what others have under way is not to be hurried
             with self._undelayed(self.subtree(root.node)):
                 await root.wait_idle()
@@ -466,7 +467,7 @@ class Graph:
                     root.end_drain()
                     await root.truncate(size)
             finally:
-                await self._detach_root(root)
+                await self.detach_root_locked(root)
 
     def nodes_changed(self) -> None:
         for listener in self.node_listeners:

@@ -85,6 +85,12 @@ L1_FIELDS_OFFSET = 36
 L1_FIELDS = cs.Struct("l1_size" / cs.Int32ub, "l1_table_offset" / cs.Int64ub)
 REFCOUNT_TABLE_FIELDS_OFFSET = 48
 REFCOUNT_TABLE_FIELDS = cs.Struct("refcount_table_offset" / cs.Int64ub, "refcount_table_clusters" / cs.Int32ub)
+SNAPSHOT_FIELDS_OFFSET = 60
+SNAPSHOT_FIELDS = cs.Struct("nb_snapshots" / cs.Int32ub, "snapshots_offset" / cs.Int64ub)
+#: from SIZE_OFFSET on, within one sector: the disk as a whole
+DISK_FIELDS = cs.Struct(
+    "size" / cs.Int64ub, "crypt_method" / cs.Int32ub, "l1_size" / cs.Int32ub, "l1_table_offset" / cs.Int64ub
+)
 INCOMPATIBLE_OFFSET = 72
 AUTOCLEAR_OFFSET = 88
 
@@ -150,6 +156,8 @@ SNAPSHOT = cs.Struct(
     "extra_data_size" / cs.Int32ub,
 )
 SNAPSHOT_LENGTH = 40
+#: what follows, as far as it is known; what the image has beyond that is kept
+SNAPSHOT_EXTRA_DATA = cs.Struct("vm_state_size_large" / cs.Int64ub, "disk_size" / cs.Int64ub, "icount" / cs.Int64ub)
 
 BITMAP_ENTRY = cs.Struct(
     "bitmap_table_offset" / cs.Int64ub,

@@ -103,7 +103,9 @@ RECIPES = {
     ),
     "volatile-cache": Recipe(("file",)),
 }
-NAMES = driver_names()
+#: drivers that only show what is in an image: nothing can be written to them
+READ_ONLY = frozenset({"internal-snapshot"})
+NAMES = [name for name in driver_names() if name not in READ_ONLY]
 
 
 class Stack:

@@ -10,6 +10,7 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 from __future__ import annotations
 
 from typing import ClassVar
+from weakref import WeakSet
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import fill_zeroes, slice_buffers
@@ -28,6 +29,7 @@ from fusebd.block.mutex import Mutex
 from fusebd.block.opening import Opening
 from fusebd.block.options import Json
 from fusebd.block.perms import Role
+from fusebd.block.snapshots import SnapshotStore
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.compression import decompress
@@ -47,6 +49,7 @@ from fusebd.drivers.qcow2.reopening import CHANGEABLE, Qcow2Reopening
 from fusebd.drivers.qcow2.repair import rebuild_refcounts
 from fusebd.drivers.qcow2.resize import Resizer
 from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
+from fusebd.drivers.qcow2.snapshotting import Qcow2Snapshots
 from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
 from fusebd.errors import FusebdError, ImageError, OptionError
@@ -86,6 +89,10 @@ class Qcow2(FormatDriver):
         self._flushing = Mutex()
         self._sealed = 0  #: lists of freed clusters that the flush under way makes releasable
         self._decompressed: tuple[int, bytes] = (-1, b"")  #: the compressed cluster that was read last, by its L2 entry
+        self._snapshot_store = Qcow2Snapshots(
+            self, image, tables, refcounts, snapshots, discard=options.pass_discard_snapshot
+        )
+        self._views: WeakSet[Qcow2] = WeakSet()  #: of snapshots, that ``showing`` has made
         self.length = image.header.size
         self.limits.pwrite_zeroes_alignment = self.limits.pdiscard_alignment = image.cluster_size
 
@@ -123,12 +130,12 @@ class Qcow2(FormatDriver):
         tables = Tables(image, refcounts, slice_bytes=sizes.slice_bytes, max_slices=sizes.slices)
         await refcounts.load()
         await tables.load()
-        snapshots, table_length = await read_snapshots(file, header)
-        image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, table_length)
+        snapshots, header.snapshots_length = await read_snapshots(file, header)
+        image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, header.snapshots_length)
         await protect_snapshots(image, snapshots)
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
         if not node.read_only:
-            await _prepare_for_writing(image, tables, refcounts, snapshots, table_length)
+            await _prepare_for_writing(image, tables, refcounts, snapshots)
         return cls(node, image, tables, refcounts, snapshots)
 
     async def close(self) -> None:
@@ -163,12 +170,33 @@ class Qcow2(FormatDriver):
     def back_by(self, backing: Child | None) -> None:
         """Show *backing* where nothing is allocated."""
         self._backing = backing
+        for view in self._views:
+            view._backing = backing
 
     def drop(self) -> None:
         """Let go of what is cached."""
         # The parts of a driver refer to each other, so that the collector finds them late: not with their tables.
         self._tables.drop()
         self._refcounts.drop()
+
+    # -- snapshots ------------------------------------------------------------------------------
+
+    @property
+    def snapshot_store(self) -> SnapshotStore:
+        return self._snapshot_store
+
+    def showing(self, tables: Tables, length: int) -> Qcow2:
+        """A driver that reads what *tables*, which nobody changes, map in *length* bytes; to be let go, not closed."""
+        view = type(self)(self.node, self._image, tables, self._refcounts, [])
+        view.length = length
+        view._backing = self._backing
+        self._views.add(view)
+        return view
+
+    def content_replaced(self, length: int) -> None:
+        """The tables map another disk, of *length* bytes."""
+        self._decompressed = -1, b""
+        self.node.set_length(length)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -431,9 +459,7 @@ class Qcow2(FormatDriver):
         return info
 
 
-async def _prepare_for_writing(
-    image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot], snapshot_table_length: int
-) -> None:
+async def _prepare_for_writing(image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot]) -> None:
     """What has to be right in the image before anything is changed in it."""
     header = image.header
     if header.version >= 3 and header.autoclear_features:
@@ -444,7 +470,7 @@ async def _prepare_for_writing(
         image.metadata.remove(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
     if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
         try:
-            await rebuild_refcounts(image, tables, refcounts, snapshots, snapshot_table_length)
+            await rebuild_refcounts(image, tables, refcounts, snapshots, header.snapshots_length)
         except FusebdError as error:
             raise error.prefixed("Could not repair dirty image") from None
         await image.set_incompatible(header.incompatible_features & ~ondisk.INCOMPAT_DIRTY)

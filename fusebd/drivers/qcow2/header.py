@@ -44,6 +44,7 @@ class Header:
     compression_type: int
     backing_file: str = ""
     backing_format: str = ""
+    snapshots_length: int = 0  #: bytes of the snapshot table, once that was read
     bitmap_directory_size: int = 0
     bitmap_directory_offset: int = 0
     extensions: list[tuple[int, bytes]] = field(default_factory=list)

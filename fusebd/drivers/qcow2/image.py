@@ -70,8 +70,15 @@ class MetadataMap:
                 if left:
                     self.clusters[cluster] = left
 
+    def forget(self, kinds: int) -> None:
+        """Nothing is metadata of any of *kinds*."""
+        if kinds & self._area_kind:
+            self._starts, self._ends = [], []
+        for cluster in [cluster for cluster, kind in self.clusters.items() if kind & kinds]:
+            self.remove(kinds & self.enabled, cluster << self._cluster_bits, 1)
+
     def set_areas(self, kind: int, areas: list[tuple[int, int]]) -> None:
-        """Keep (offset, length) *areas* of *kind*, which may be many and large, for ever."""
+        """Keep (offset, length) *areas* of *kind*, which may be many and large, until it is forgotten."""
         if not kind & self.enabled:
             return
         self._area_kind = kind

@@ -430,6 +430,10 @@ class Refcounts:
             self._sealed.popleft()
             lists -= 1
 
+    async def lower(self, first: int, count: int, *, discard: bool) -> None:
+        """Take down the refcounts of clusters at once: that nobody refers to them any more is durable already."""
+        await self._release(Freed(first, count, discard))
+
     async def _release(self, item: Freed) -> None:
         """Take down the refcounts of *item*; what of it is done is taken out of it, in case this is cancelled."""
         while item.count:

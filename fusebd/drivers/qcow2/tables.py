@@ -61,7 +61,12 @@ class Tables:
         except BlockIOError as error:
             raise error.prefixed("Could not read L1 table") from None
         self.l1.byteswap()
-        image.metadata.add(OL_ACTIVE_L1, self.l1_offset, length)
+        self.protect()
+
+    def protect(self) -> None:
+        """Enter all tables into the map of metadata."""
+        image = self.image
+        image.metadata.add(OL_ACTIVE_L1, self.l1_offset, 8 * len(self.l1))
         for entry in self.l1:
             if offset := entry & ondisk.OFFSET_MASK:
                 image.metadata.add(OL_ACTIVE_L2, offset, image.cluster_size)
