@@ -61,6 +61,7 @@ __all__ = [
     "Preallocation",
     "ProtocolDriver",
     "Status",
+    "best_format",
     "driver_class",
     "driver_command",
     "driver_names",
@@ -182,6 +183,9 @@ class Driver:
     def probe(cls, data: bytes, name: str) -> int:
         """How surely an image that begins with *data* and is called *name* is of this format: 0 not, 100 surely."""
         return 0
+
+    def was_probed(self) -> None:
+        """It was chosen by the look of the image's first bytes, not by a user."""
 
     async def close(self) -> None:
         """Let go of what the driver itself holds.  The node was flushed; its children close after it."""
@@ -456,6 +460,12 @@ def driver_names() -> list[str]:
     for module in _modules():
         importlib.import_module(f"fusebd.drivers.{module}")
     return sorted(_REGISTRY)
+
+
+def best_format(data: bytes, name: str) -> str:
+    """The format that an image most likely has that begins with *data* and is called *name*; ``raw`` if no other."""
+    scores = {driver: driver_class(driver).probe(data, name) for driver in driver_names()}
+    return max(scores, key=lambda driver: scores[driver])
 
 
 def prefix_driver(prefix: str) -> type[Driver] | None:

@@ -70,6 +70,11 @@ async def options_for(name: str, driver: str | None, probe: Prober) -> BlockdevO
     return parse_blockdev(await fill(tree, probe, protocol=False))
 
 
+def names_driver(name: str) -> bool:
+    """Whether the file name *name* says of which driver the image is."""
+    return name.startswith("json:") and "driver" in _json_options(name)
+
+
 async def fill(tree: dict[str, Json], probe: Prober, *, protocol: bool) -> dict[str, Json]:
     """*tree* with what it leaves out filled in, in it and in its children.
 

@@ -21,7 +21,7 @@ import trio
 from msgspec import UNSET
 
 from fusebd.block.child import Child, Root
-from fusebd.block.driver import driver_class, driver_names, parse_blockdev
+from fusebd.block.driver import best_format, driver_class, parse_blockdev
 from fusebd.block.fileviews import FileViews
 from fusebd.block.ledger import Ledger
 from fusebd.block.node import Inherited, Node
@@ -254,8 +254,7 @@ class Graph:
         finally:
             with trio.CancelScope(shield=True):
                 await self.release(node)
-        scores = {name: driver_class(name).probe(bytes(data), node.driver.filename) for name in driver_names()}
-        return max(scores, key=lambda name: scores[name])
+        return best_format(bytes(data), node.driver.filename)
 
     # -- edges ----------------------------------------------------------------------------------
 

@@ -133,6 +133,8 @@ class Opening:
                 raise _ChainTooLong(f"Backing file chain has more than {MAX_CHAIN} images")
             options = await filename.options_for(whole, driver, self.graph.probe)
             below = await self.graph.open_node(options, inherit=self.node.inherited, role=role)
+            if driver is None and not filename.names_driver(whole):
+                below.driver.was_probed()
         except FusebdError as error:
             raise (error.prefixed(failure) if failure else error) from None
         finally:

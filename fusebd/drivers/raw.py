@@ -19,6 +19,7 @@ from fusebd.block.driver import (
     Node,
     Preallocation,
     Status,
+    best_format,
     nbytes,
     register,
 )
@@ -98,6 +99,7 @@ class Raw(FormatDriver):
     def __init__(self, node: Node, file: Child, options: RawOptions) -> None:
         super().__init__(node)
         self.file = file
+        self._probed = False
         self.set_window(options)
         self.length = self._length_over(file)
 
@@ -139,7 +141,14 @@ class Raw(FormatDriver):
     def read_bypass(self) -> Bypass | None:
         return Bypass(self.file) if self.shows_child and "read_aio" not in self.file.events else None
 
+    def was_probed(self) -> None:
+        self._probed = True
+        self.limits.request_alignment = _SECTOR
+        self.node.refresh_edges()
+
     def write_bypass(self) -> Bypass | None:
+        if self._probed:
+            return None
         return Bypass(self.file) if self.shows_child and "write_aio" not in self.file.events else None
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
@@ -151,6 +160,8 @@ class Raw(FormatDriver):
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         file = self.file
         self._check_inside(offset, nbytes(bufs))
+        if self._probed and offset < _SECTOR:
+            self._check_stays_raw(bufs)
         if "write_aio" in file.events:
             await file.announce("write_aio")
         await file.pwritev(offset + self._offset, bufs, flags)
@@ -188,6 +199,12 @@ class Raw(FormatDriver):
         """What is behind a window of fixed size is not this node's, even if the edge may resize."""
         if self._size is not None and offset + length > self._size:
             raise self._failed("write", errno.ENOSPC)
+
+    def _check_stays_raw(self, bufs: Buffers) -> None:
+        """EPERM for a first sector by which the image would be taken for another format when it is probed next."""
+        first = b"".join(bytes(buf[:_SECTOR]) for buf in bufs)[:_SECTOR]
+        if best_format(first, "") != "raw":
+            raise self._failed("write", errno.EPERM)
 
     def _failed(self, operation: str, code: int, reason: str = "") -> FusebdError:
         return BlockIOError(code, node_name=self.node.name, operation=operation, reason=reason)

@@ -104,7 +104,7 @@ RECIPES = {
     "volatile-cache": Recipe(("file",)),
 }
 #: drivers that only show what is in an image: nothing can be written to them
-READ_ONLY = frozenset({"internal-snapshot"})
+READ_ONLY = frozenset({"internal-snapshot", "qed", "vdi", "vhdx", "vmdk", "vpc"})
 NAMES = [name for name in driver_names() if name not in READ_ONLY]
 
 
