@@ -41,6 +41,7 @@ from fusebd.block.straight import Bypass
 from fusebd.errors import NotSupported, OptionError
 
 if TYPE_CHECKING:
+    from fusebd.block.dirtybitmaps import BitmapStore
     from fusebd.block.opening import Opening
     from fusebd.block.snapshots import SnapshotStore
 
@@ -294,6 +295,11 @@ class Driver:
     @property
     def snapshot_store(self) -> SnapshotStore | None:
         """The internal snapshots of the image; None if it cannot have any."""
+        return None
+
+    @property
+    def bitmap_store(self) -> BitmapStore | None:
+        """Where persistent dirty bitmaps are kept; None if they cannot be."""
         return None
 
     # -- the graph ------------------------------------------------------------------------------

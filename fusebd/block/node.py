@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from fusebd.block.dirtybitmaps import DirtyBitmaps
 from fusebd.block.perms import Perm, Role
 from fusebd.errors import NotSupported
 
@@ -164,7 +165,8 @@ class Node:
         self.tallies: list[Tally] = []
         self.ranges = RangeLock()
         self.flushed_generation = 0
-        self.watches: list[ContentWatch] = []
+        self.watches: list[ContentWatch | DirtyBitmaps] = []
+        self.dirty_bitmaps = DirtyBitmaps(self)
         self.perm, self.shared = Perm.NONE, Perm.ALL  # what the driver was last told
 
     def __repr__(self) -> str:
@@ -249,6 +251,7 @@ class Node:
         self._tell_length()
 
     def _tell_length(self) -> None:
+        self.dirty_bitmaps.resize()
         for edge in self.parents:
             edge.child_resized()
 
@@ -289,6 +292,8 @@ class Node:
         if self.detect_zeroes != "off":
             reason = f"detect-zeroes is '{self.detect_zeroes}'"
             raise NotSupported(node_name=self.name, operation="passthrough", reason=reason)
+        if self.dirty_bitmaps:
+            raise NotSupported(node_name=self.name, operation="passthrough", reason="the node has dirty bitmaps")
         return self.driver.backing_descriptor()
 
     def changed_aside(self) -> None:

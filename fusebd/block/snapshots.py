@@ -156,6 +156,8 @@ async def apply(graph: Graph, device: str, id: str | None, name: str | None) -> 
         if id is None and name is None:
             raise CommandError("Name or id must be provided")
         store, found = _find(node, device, id, name)
+        if node.dirty_bitmaps:
+            raise CommandError("Device has active dirty bitmaps")
         root = graph.attach_root(node, "an unnamed block device", Perm.WRITE | Perm.RESIZE, report_errors=False)
         try:
             async with graph.drained(node):

@@ -18,7 +18,7 @@ from fusebd.block.membership import change_children
 from fusebd.block.options import Int, Json, OptionStruct
 from fusebd.block.reopen import reopen
 from fusebd.errors import BlockIOError, CommandError, GraphError
-from fusebd.qmp import exports, filecaches, filters, objects, queries, snapshots, transactions
+from fusebd.qmp import bitmaps, exports, filecaches, filters, objects, queries, snapshots, transactions
 from fusebd.qmp.drivercommands import driver_commands
 from fusebd.qmp.monitor import version_info
 from fusebd.qmp.table import CommandTable, Context, NoArguments
@@ -168,5 +168,6 @@ COMMANDS = CommandTable(
     filecaches.COMMANDS,
     transactions.COMMANDS,
     snapshots.COMMANDS,
+    bitmaps.COMMANDS,
     more=driver_commands,
 )

@@ -103,6 +103,8 @@ def block_device_info(node: Node, *, flat: bool) -> dict[str, Json]:
     }
     if node.backing is not None:
         info["backing_file"] = node_filename(node.backing.node)
+    if node.dirty_bitmaps:
+        info["dirty-bitmaps"] = [bitmap.info() for bitmap in node.dirty_bitmaps]
     return info
 
 
