@@ -269,6 +269,12 @@ class Driver:
         """Keep nothing in memory alone that was written, or belongs to it: the children may be exchanged next."""
         await self.flush()
 
+    async def give_up_write(self) -> None:
+        """The node becomes read-only: put away what is kept for as long as it can be written.  Raises FusebdError."""
+
+    async def take_back_write(self) -> None:
+        """The node stays writable after all, although ``give_up_write`` was carried out.  Raises FusebdError."""
+
     async def flush_to_os(self) -> None:
         """Write own caches out to the children."""
 

@@ -160,18 +160,22 @@ class _Change:
         self._lost: set[Node] = set()  #: nodes that become read-only
         self._tops: list[Node] = []  #: nodes below which permissions may have changed
         self._steps_back: list[Callable[[], None]] = []
+        self._given_up: list[Node] = []  #: nodes that were writable, and put away what they keep as long as they are
 
     async def carry_out(self) -> None:
         """Raises FusebdError; nothing has changed then."""
         for entry in self._entries:
             await _write_out(entry.node)
         try:
+            await self._give_up_write()
             for entry in self._entries:
                 self._prepare(entry)
             self._apply()
             await self._settle()
         except BaseException:
             self._undo()
+            with trio.CancelScope(shield=True):
+                await self._take_back_write()
             raise
         finally:
             self._graph.unready.clear()
@@ -181,6 +185,19 @@ class _Change:
         with trio.CancelScope(shield=True):
             for node in self._left:
                 await self._graph.release(node)
+
+    async def _give_up_write(self) -> None:
+        for entry in self._entries:
+            if entry.effective.get("read-only") and not entry.node.read_only:
+                self._given_up.append(entry.node)
+                await entry.node.driver.give_up_write()
+
+    async def _take_back_write(self) -> None:
+        for node in self._given_up:
+            try:
+                await node.driver.take_back_write()
+            except FusebdError as error:
+                log.error("%s: could not be made writable again: %s", node.name, error)
 
     # -- checking -------------------------------------------------------------------------------
 

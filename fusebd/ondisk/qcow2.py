@@ -25,6 +25,10 @@ MAX_SNAPSHOT_TABLE_BYTES = 1024 * MAX_SNAPSHOTS
 MAX_SNAPSHOT_EXTRA_DATA = 1024
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY_BYTES = MAX_BITMAPS * 1024
+MIN_BITMAP_GRANULARITY_BITS, MAX_BITMAP_GRANULARITY_BITS = 9, 31
+MAX_BITMAP_TABLE_ENTRIES = 0x8000000
+MAX_BITMAP_BYTES = 0x20000000
+MAX_BITMAP_NAME = 1023
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15
 #: host offsets have 56 bits
@@ -80,6 +84,7 @@ COMPRESSION_ZLIB, COMPRESSION_ZSTD = 0, 1
 COMPRESSION_NAMES = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 # Byte offsets of the fields that are rewritten while an image is open, and how they are laid out.
+BACKING_FILE_OFFSET = 8
 SIZE_OFFSET = 24
 L1_FIELDS_OFFSET = 36
 L1_FIELDS = cs.Struct("l1_size" / cs.Int32ub, "l1_table_offset" / cs.Int64ub)
@@ -170,6 +175,9 @@ BITMAP_ENTRY = cs.Struct(
 )
 BITMAP_ENTRY_LENGTH = 24
 BITMAP_IN_USE, BITMAP_AUTO = 1, 2
+BITMAP_DIRTY_TRACKING = 1
+#: of a bitmap table's entry without an offset: all bits are one
+BITMAP_ALL_ONES = 1
 
 # --- table entries -----------------------------------------------------------------------------------
 

@@ -593,19 +593,6 @@ async def test_autoclear_bits_are_cleared_before_an_image_is_written(graph: Grap
     assert autoclear(path) == 0
 
 
-async def test_bitmaps_are_given_up_when_an_image_is_written(graph: Graph, tmp_path: Path) -> None:
-    path = create(tmp_path / "image", M)
-    run("qemu-img", "bitmap", "--add", path, "bitmap")
-    await add(graph, path, **{"read-only": True})
-    await graph.blockdev_del("disk")
-    assert [bitmap["name"] for bitmap in info(path)["format-specific"]["data"]["bitmaps"]] == ["bitmap"]
-    await add(graph, path)
-    await write(root_of(graph, "disk"), 0, b"data")
-    await graph.close()
-    assert "bitmaps" not in info(path)["format-specific"]["data"]
-    check_image(path, leaks=True)
-
-
 # --- what is shown -------------------------------------------------------------------------------
 
 

@@ -9,11 +9,13 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 from weakref import WeakSet
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import fill_zeroes, slice_buffers
+from fusebd.block.dirtybitmaps import BitmapStore
 from fusebd.block.driver import (
     BlockStatus,
     Buffers,
@@ -32,7 +34,9 @@ from fusebd.block.perms import Role
 from fusebd.block.snapshots import SnapshotStore
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
+from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compression import decompress
+from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import (
@@ -52,7 +56,7 @@ from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_sna
 from fusebd.drivers.qcow2.snapshotting import Qcow2Snapshots
 from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
-from fusebd.errors import FusebdError, ImageError, OptionError
+from fusebd.errors import CommandError, FusebdError, ImageError, OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
 _NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO
@@ -92,6 +96,7 @@ class Qcow2(FormatDriver):
         self._snapshot_store = Qcow2Snapshots(
             self, image, tables, refcounts, snapshots, discard=options.pass_discard_snapshot
         )
+        self._bitmaps = Qcow2Bitmaps(image, refcounts)
         self._views: WeakSet[Qcow2] = WeakSet()  #: of snapshots, that ``showing`` has made
         self.length = image.header.size
         self.limits.pwrite_zeroes_alignment = self.limits.pdiscard_alignment = image.cluster_size
@@ -136,11 +141,15 @@ class Qcow2(FormatDriver):
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
         if not node.read_only:
             await _prepare_for_writing(image, tables, refcounts, snapshots)
-        return cls(node, image, tables, refcounts, snapshots)
+        driver = cls(node, image, tables, refcounts, snapshots)
+        await driver._bitmaps.load()
+        return driver
 
     async def close(self) -> None:
-        """Write back all metadata and give back what was freed."""
+        """Store the bitmaps, write back all metadata and give back what was freed."""
         try:
+            if self._image.usable:
+                await self._bitmaps.store_at_end()
             if self.node.read_only or not self._image.usable:
                 return
             if self._refcounts.waiting:
@@ -179,7 +188,17 @@ class Qcow2(FormatDriver):
         self._tables.drop()
         self._refcounts.drop()
 
-    # -- snapshots ------------------------------------------------------------------------------
+    async def give_up_write(self) -> None:
+        await self._bitmaps.give_up_write()
+
+    async def take_back_write(self) -> None:
+        await self._bitmaps.take_back_write()
+
+    # -- snapshots and bitmaps ------------------------------------------------------------------
+
+    @property
+    def bitmap_store(self) -> BitmapStore:
+        return self._bitmaps
 
     @property
     def snapshot_store(self) -> SnapshotStore:
@@ -404,6 +423,10 @@ class Qcow2(FormatDriver):
         self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
     ) -> None:
         self._image.check_usable()
+        try:
+            self._bitmaps.check_resize()
+        except CommandError as error:
+            raise self._image.error("resize", code=errno.ENOTSUP, reason=str(error)) from None
         await self._resizer.truncate(
             self.length,
             length,
@@ -452,6 +475,8 @@ class Qcow2(FormatDriver):
         }
         if self._snapshots:
             info["snapshots"] = [snapshot.info() for snapshot in self._snapshots]
+        if bitmaps := self._bitmaps.info():
+            data["bitmaps"] = bitmaps
         if self._backing_name:
             info["backing-filename"] = self._backing_name
             if header.backing_format:
@@ -462,12 +487,9 @@ class Qcow2(FormatDriver):
 async def _prepare_for_writing(image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot]) -> None:
     """What has to be right in the image before anything is changed in it."""
     header = image.header
-    if header.version >= 3 and header.autoclear_features:
-        # Nothing here keeps bitmaps up to date, so that from now on they are not.
-        await image.write(ondisk.AUTOCLEAR_OFFSET, bytes(8))
-        await image.file.flush()
-        header.autoclear_features = 0
-        image.metadata.remove(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
+    await set_autoclear(image, header.autoclear_features & ondisk.AUTOCLEAR_KNOWN)
+    if not header.nb_bitmaps and any(kind == ondisk.EXT_BITMAPS for kind, _ in header.extensions):
+        await drop_extension(image, ondisk.EXT_BITMAPS)  # they are not what they were
     if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
         try:
             await rebuild_refcounts(image, tables, refcounts, snapshots, header.snapshots_length)

@@ -45,6 +45,7 @@ class Header:
     backing_file: str = ""
     backing_format: str = ""
     snapshots_length: int = 0  #: bytes of the snapshot table, once that was read
+    nb_bitmaps: int = 0  #: that can be relied on, as the autoclear bit says
     bitmap_directory_size: int = 0
     bitmap_directory_offset: int = 0
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
@@ -250,7 +251,12 @@ def _take_bitmaps(header: Header, body: bytes, *, read_only: bool) -> None:
     if len(body) != ondisk.BITMAPS_LENGTH:
         raise ImageError("bitmaps_ext: Invalid extension length")
     if not header.autoclear_features & ondisk.AUTOCLEAR_BITMAPS:
-        if not read_only:
+        if header.version < 3:
+            log.warning(
+                "This qcow2 v2 image contains bitmaps, but they may have been modified by software without persistent "
+                "bitmap support; so now these bitmaps should all be considered inconsistent"
+            )
+        elif not read_only:
             log.warning(
                 "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
             )
@@ -272,5 +278,6 @@ def _take_bitmaps(header: Header, body: bytes, *, read_only: bool) -> None:
             f"bitmaps_ext: bitmap directory size ({bitmaps.bitmap_directory_size}) exceeds the maximum supported "
             f"size ({ondisk.MAX_BITMAP_DIRECTORY_BYTES})"
         )
+    header.nb_bitmaps = bitmaps.nb_bitmaps
     header.bitmap_directory_size = bitmaps.bitmap_directory_size
     header.bitmap_directory_offset = bitmaps.bitmap_directory_offset

@@ -15,6 +15,7 @@ from itertools import groupby
 import trio
 
 from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.bitmapdirectory import used_areas
 from fusebd.drivers.qcow2.header import check_table
 from fusebd.drivers.qcow2.image import Image
 from fusebd.drivers.qcow2.refcounts import Refcounts
@@ -47,6 +48,8 @@ async def rebuild_refcounts(
                 raise ImageError(f"refcount block at offset {offset:#x} is used twice")
             count.add_table(offset)
         count.add(image.header.snapshots_offset, snapshot_table_length)
+        for offset, length in await used_areas(image):
+            count.add(offset, length)
         await _count_data(image, tables, snapshots, count)
         await _store(count, refcounts, blocks)
         await refcounts.write_back()
