@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from qmptalk import Talk, talking
 from support import READ_WRITE, recorder_of, root_of, write
 
 from fusebd.block.graph import Graph
-from fusebd.errors import FusebdError
+from fusebd.errors import BlockIOError, FusebdError
 from fusebd.qmp.server import QmpServer
 
 K, M = 1024, 1 << 20
@@ -239,6 +240,17 @@ async def test_a_node_that_is_reopened_keeps_its_bitmaps(tmp_path: Path) -> None
     assert seen(path) == seen(theirs)
 
 
+async def test_an_image_with_bitmaps_is_not_exchanged_for_another(tmp_path: Path) -> None:
+    path = with_bitmaps(tmp_path / "disk")
+    other = create(tmp_path / "other", "4M")
+    async with monitor(path) as (graph, talk):
+        await graph.blockdev_add({"driver": "file", "node-name": "other", "filename": str(other)})
+        said = await talk.fail("blockdev-reopen", options=[disk(path, file="other")])
+        assert said == "The file of node 'disk' cannot be exchanged: it has persistent dirty bitmaps"
+    assert len(listed(path)) == 3
+    assert not listed(other)
+
+
 @pytest.mark.parametrize("cluster_size", [512, 65536])
 async def test_the_header_keeps_what_else_is_in_it(tmp_path: Path, cluster_size: int) -> None:
     backing = create(tmp_path / "backing", "4M")
@@ -331,6 +343,60 @@ async def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         said = await talk.fail(ADD, node="old", name="x", persistent=True)
         assert said == "Can't make bitmap 'x' persistent in 'old': Cannot store dirty bitmaps in qcow2 v2 files"
         await talk.execute(ADD, node="old", name="x")
+
+
+async def attempt(path: Path, request: str, number: int) -> tuple[bool, bool]:
+    """Open, change and close the image, while *request* number *number* of the file fails.
+
+    Whether it came to that, and whether the image was opened.
+    """
+    graph = Graph()
+    below = {"driver": "file", "filename": str(path), "cache": {"no-flush": True}}
+    node = await graph.blockdev_add({"driver": "test-recorder", "node-name": "recorder", "file": below})
+    carry_out, left, opened = getattr(node.driver, request), number, False
+
+    async def failing(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise BlockIOError(28, node_name="recorder", operation=request)
+        await carry_out(*arguments)
+
+    setattr(node.driver, request, failing)
+    try:
+        await graph.blockdev_add({"driver": "qcow2", "node-name": "disk", "file": "recorder"})
+        opened = True
+        async with talking(QmpServer(graph, lambda: None)) as talk:
+            await talk.execute(ADD, node="disk", name="new", persistent=True, granularity=4096)
+            with contextlib.suppress(BlockIOError):
+                await write_to(graph, RANGES[0])
+            await talk.ask({"execute": REMOVE, "arguments": {"node": "disk", "name": "off"}})
+    except FusebdError:
+        pass  # it could not be opened
+    await graph.close()
+    return left <= 0, opened
+
+
+@pytest.mark.parametrize("request_name", ["preadv", "pwritev", "flush_to_disk"])
+async def test_after_a_failure_no_bitmap_is_wrong(tmp_path: Path, request_name: str) -> None:
+    source = with_bitmaps(tmp_path / "source", cluster_size=512)
+    before = seen(source)
+    path = Path(shutil.copy(source, tmp_path / "disk"))
+    await attempt(path, request_name, 10**6)
+    right = seen(path)
+    number = 1
+    while True:
+        shutil.copy(source, path)
+        failed, opened = await attempt(path, request_name, number)
+        if not failed:
+            break
+        check_image(path, leaks=True)
+        for name, entry in seen(path).items():
+            if not entry.get("inconsistent"):
+                # ``off`` may not have been removed
+                assert entry == (right if opened and name != "off" else before).get(name), (number, name)
+        number += 1 if LONG else 1 + number // 6
+    assert number > 4
 
 
 @pytest.mark.parametrize("seed", range(60 if LONG else 3))

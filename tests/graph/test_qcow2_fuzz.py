@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from images import create, io, u32, u64
 from mounting import run
 from support import READ_WRITE, read, root_of, write
 
+from fusebd.block import snapshots
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
@@ -32,6 +34,48 @@ def disk(path: Path, *, read_only: bool) -> dict[str, Any]:
         "cache": {"no-flush": True},
         "file": {"driver": "file", "filename": str(path)},
     }
+
+
+async def exercise_what_is_kept(path: Path) -> bool:
+    """Open the image and do a little with its snapshots and bitmaps; whether it could be opened."""
+    graph = Graph()
+    try:
+        try:
+            node = await graph.blockdev_add(disk(path, read_only=False))
+        except FusebdError:
+            return False
+        store = snapshots.store_of(node)
+        assert store is not None
+        names = [entry.name for entry in store.entries]
+        reader = {"driver": "internal-snapshot", "node-name": "reader", "image": "disk", "read-only": True}
+        for name in (*names[:2], "new"):
+            with contextlib.suppress(FusebdError):
+                await graph.blockdev_add({**reader, "snapshot-name": name})
+                root = root_of(graph, "reader", Perm.CONSISTENT_READ)
+                with contextlib.suppress(FusebdError):
+                    await read(root, 0, min(root.length, 100 << 10))
+                await graph.detach_root(root)
+            with contextlib.suppress(FusebdError):
+                await graph.blockdev_del("reader")
+            with contextlib.suppress(FusebdError):
+                async with graph.lock, graph.drained(node):
+                    await snapshots.create(graph, "disk", f"{name}-again")
+            root = root_of(graph, "disk", READ_WRITE)
+            with contextlib.suppress(FusebdError):
+                await write(root, 0, b"x" * min(5000, root.length))
+            await graph.detach_root(root)
+            for bitmap in list(node.dirty_bitmaps)[:1]:
+                with contextlib.suppress(FusebdError):
+                    assert node.driver.bitmap_store is not None
+                    await node.driver.bitmap_store.remove(bitmap.name)
+                node.dirty_bitmaps.remove(bitmap)
+            with contextlib.suppress(FusebdError):
+                await snapshots.apply(graph, "disk", None, name)
+            with contextlib.suppress(FusebdError):
+                await snapshots.delete(graph, "disk", None, name)
+        return True
+    finally:
+        await graph.close()
 
 
 async def exercise(path: Path, *, read_only: bool) -> bool:
@@ -151,3 +195,32 @@ async def test_a_mutated_image_opens_or_is_refused(
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
     assert 100 < opened < 1000
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+async def test_snapshots_and_bitmaps_of_a_mutated_image_are_used_or_refused(
+    small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    path = tmp_path / "image"
+    path.write_bytes(small[name].read_bytes())
+    run("qemu-img", "snapshot", "-c", "two", path)
+    if name == "v3":
+        run("qemu-img", "bitmap", "--add", "-g", "512", path, "fine")
+        io(path, "write 0 9k")
+    data = path.read_bytes()
+    header = ondisk.parse_header(data[:112])
+    table = header["snapshots_offset"]
+    tables = [table, table, int.from_bytes(data[table : table + 8], "big"), header["l1_table_offset"]]
+    if name == "v3":
+        directory = int.from_bytes(data[(at := data.index(u32(ondisk.EXT_BITMAPS)) + 24) : at + 8], "big")
+        tables += [directory, directory, int.from_bytes(data[directory : directory + 8], "big")]
+    opened = 0
+    rounds = 20000 if os.environ.get("FUSEBD_LONG") else 150
+    for seed in range(rounds):
+        path.write_bytes(mutated(data, random.Random(seed), tables))
+        try:
+            opened += await exercise_what_is_kept(path)
+        except Exception as error:
+            pytest.fail(f"seed {seed}: {error!r}")
+    assert rounds / 10 < opened < rounds

@@ -12,6 +12,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+import trio
+
 from fusebd.block.options import Json
 from fusebd.drivers.qcow2.image import Image
 from fusebd.drivers.qcow2.references import from_big_endian
@@ -19,6 +21,8 @@ from fusebd.errors import BlockIOError, CommandError, ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 _INVALID = os.strerror(errno.EINVAL)
+#: of all bitmaps together: an image may say that many have one and the same large table
+_MOST_TABLE_ENTRIES = 1 << 22
 
 
 @dataclass
@@ -133,7 +137,10 @@ async def read_directory(image: Image) -> list[StoredBitmap]:
         data = await image.read(header.bitmap_directory_offset, header.bitmap_directory_size)
     except BlockIOError as error:
         raise error.prefixed("Failed to read bitmap directory") from None
-    return parse_directory(bytes(data), header.nb_bitmaps, length=header.size, cluster_size=image.cluster_size)
+    found = parse_directory(bytes(data), header.nb_bitmaps, length=header.size, cluster_size=image.cluster_size)
+    if sum(stored.table_size for stored in found) > _MOST_TABLE_ENTRIES:
+        raise ImageError("Bitmap tables too large", errno=errno.EFBIG)
+    return found
 
 
 async def read_table(image: Image, stored: StoredBitmap) -> array[int]:
@@ -146,7 +153,7 @@ async def read_table(image: Image, stored: StoredBitmap) -> array[int]:
         table = from_big_endian(await image.read(stored.table_offset, 8 * stored.table_size))
     except BlockIOError as error:
         raise error.prefixed(failure) from None
-    for entry in table:
+    for entry in set(table):
         offset = entry & ondisk.OFFSET_MASK
         if entry & ~(ondisk.OFFSET_MASK | ondisk.BITMAP_ALL_ONES) or (
             offset and (entry & ondisk.BITMAP_ALL_ONES or offset & image.cluster_mask)
@@ -164,5 +171,6 @@ async def used_areas(image: Image) -> list[tuple[int, int]]:
     for stored in await read_directory(image):
         areas.append((stored.table_offset, 8 * stored.table_size))
         table = await read_table(image, stored)
+        await trio.lowlevel.checkpoint()
         areas += [(entry, image.cluster_size) for entry in table if entry & ondisk.OFFSET_MASK]
     return areas

@@ -74,15 +74,18 @@ class Qcow2Bitmaps(BitmapStore):
             if not stored.in_use and not node.read_only:
                 stored.flags |= ondisk.BITMAP_IN_USE
                 marked = True
-            memory = sum(bitmap.bits.memory for bitmap in (*bitmaps, *added))
-            if memory > _MOST_MEMORY:
-                raise ImageError("The bitmaps of the image take too much memory", errno=errno.EFBIG)
+            self._check_memory(*added)
         if marked:
             await self._write_in_place()
         for bitmap in added:
             bitmaps.add(bitmap)
         for bitmap in bitmaps if not node.read_only else added:
             bitmap.read_only = node.read_only
+
+    @staticmethod
+    def _check_memory(*bitmaps: DirtyBitmap) -> None:
+        if sum(bitmap.bits.memory for bitmap in bitmaps) > _MOST_MEMORY:
+            raise ImageError("The bitmaps of the image take too much memory", errno=errno.EFBIG)
 
     async def _load(self, stored: StoredBitmap) -> DirtyBitmap:
         bitmap = DirtyBitmap(stored.name, 1 << stored.granularity_bits, self._image.header.size)

@@ -13,6 +13,7 @@ from msgspec import UNSET
 
 from fusebd.block.reopening import Reopening
 from fusebd.drivers.qcow2.options import cache_sizes, check_options
+from fusebd.errors import GraphError
 
 if TYPE_CHECKING:
     from fusebd.drivers.qcow2.driver import Qcow2
@@ -48,12 +49,15 @@ class Qcow2Reopening(Reopening):
         cache_sizes(self.options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
         node = self.node
         file = self.children.get("file")
+        changes_file = file is not None and file.content_node is not node.children["file"].node.content_node
+        if changes_file and any(bitmap.persistent for bitmap in node.dirty_bitmaps):
+            raise GraphError(f"The file of node '{node.name}' cannot be exchanged: it has persistent dirty bitmaps")
         self._anew = (
             bool(self.changed)
             or not self.driver.is_usable
             or (node.read_only and not self.read_only)
             or (self.options.pass_discard_request is UNSET and self.unmap != node.unmap)
-            or (file is not None and file.content_node is not node.children["file"].node.content_node)
+            or changes_file
         )
 
     def apply(self) -> None:
