@@ -62,12 +62,15 @@ def _json_options(name: str) -> dict[str, Json]:
     return tree_from_dotted(value)
 
 
-async def options_for(name: str, driver: str | None, probe: Prober) -> BlockdevOptions:
-    """The validated options of the stack that *name* means, as an image of the format *driver* (None: probe)."""
+async def options_for(name: str, driver: str | None, probe: Prober, *, protocol: bool = False) -> BlockdevOptions:
+    """The validated options of the stack that *name* means, as an image of the format *driver* (None: probe).
+
+    *protocol*: it is no image, but a file or the like.
+    """
     tree: dict[str, Json] = _json_options(name) if name.startswith("json:") else {"filename": name}
     if driver is not None:
         tree["driver"] = driver
-    return parse_blockdev(await fill(tree, probe, protocol=False))
+    return parse_blockdev(await fill(tree, probe, protocol=protocol))
 
 
 def names_driver(name: str) -> bool:

@@ -115,13 +115,14 @@ class Opening:
         *,
         driver: str | None = None,
         base: Node | None = None,
+        protocol: bool = False,
         failure: str = "",
     ) -> Child:
         """Open the child *name* from the file name *file* as images and command lines spell it.
 
-        *driver* is the image format to take it as; None has it probed.  A relative name is taken from
-        the directory of *base*.  Understands ``json:``, ``blkdebug:`` and the other legacy names.
-        Suspends and raises as ``child`` does.
+        *driver* is the image format to take it as; None has it probed, unless *protocol* says that it is none.
+        A relative name is taken from the directory of *base*.  Understands ``json:``, ``blkdebug:`` and the other
+        legacy names.  Suspends and raises as ``child`` does.
         """
         whole = filename.resolve_relative(file, base)
         above = _names.get()
@@ -131,9 +132,9 @@ class Opening:
                 raise OpenError(f"Backing file '{whole}' creates an infinite loop.")
             if len(above) >= MAX_CHAIN:
                 raise _ChainTooLong(f"Backing file chain has more than {MAX_CHAIN} images")
-            options = await filename.options_for(whole, driver, self.graph.probe)
+            options = await filename.options_for(whole, driver, self.graph.probe, protocol=protocol)
             below = await self.graph.open_node(options, inherit=self.node.inherited, role=role)
-            if driver is None and not filename.names_driver(whole):
+            if driver is None and not protocol and not filename.names_driver(whole):
                 below.driver.was_probed()
         except FusebdError as error:
             raise (error.prefixed(failure) if failure else error) from None

@@ -137,11 +137,11 @@ REFUSED: dict[str, tuple[Edits, str]] = {
         "bitmaps_ext: bitmap directory size (1099511627776) exceeds the maximum supported size (67107840)",
     ),
     "raw data without a data file": ([(88, u64(2))], "data-file-raw requires a data file"),
+    "data file without a name": ([(72, u64(4))], "'data-file' is required for this image"),
 }  # fmt: skip
 
 # What QEMU opens, or would with other options, and fusebd does not know.
 UNSUPPORTED: dict[str, tuple[Edits, str]] = {
-    "data file": ([(72, u64(4))], "Unsupported qcow2 feature(s): external data file"),
     "extended L2": ([(72, u64(16))], "Unsupported qcow2 feature(s): extended L2 entries"),
     "aes": ([(32, u32(1))], "Encrypted qcow2 images are not supported"),
     "luks": ([(32, u32(2))], "Encrypted qcow2 images are not supported"),

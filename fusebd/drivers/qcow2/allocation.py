@@ -19,6 +19,7 @@ import trio
 from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
 from fusebd.block.shield import shielded
 from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.data import SHIFT
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.tables import Tables
@@ -116,7 +117,8 @@ class Allocator:
         """Give whole clusters that are not mapped yet host clusters, zeroed by zero writes with *flags*."""
 
         async def zero(piece: Piece, _: int) -> None:
-            if piece.in_flight is not None:
+            # an external data file was made long enough before, and what is new in it is zero
+            if piece.in_flight is not None and self.image.data_file is None:
                 await self.image.file.pwrite_zeroes(piece.host_offset, piece.length, flags)
 
         await self._in_pieces(guest_offset, length, zero)
@@ -178,15 +180,15 @@ class Allocator:
             number = mapping.allocation_run(entries, at, limit)
         first_entry, last_entry = entry, entries[at + number - 1]
         if not keep:
-            host_offset = await self.refcounts.allocate(number)
+            host_offset = await self._take(first, number)
         in_cluster = guest_offset & image.cluster_mask
         length = min(size, (number << bits) - in_cluster)
         piece = Piece(guest_offset, host_offset + in_cluster, length, None)
         try:
-            await image.check_overlap(piece.host_offset, length)
+            await image.check_data_overlap(piece.host_offset, length)
         except BlockIOError:
             if not keep and image.usable:
-                await self.refcounts.abandon(host_offset, number)
+                await self._give_back(host_offset, number)
             raise
         if not keep or kind != mapping.DATA:
             piece.fresh = not keep
@@ -194,6 +196,17 @@ class Allocator:
             piece.in_flight = InFlight(first, first + number)
             self._in_flight.append(piece.in_flight)
         return piece
+
+    async def _take(self, first: int, number: int) -> int:
+        """Host clusters for *number* guest clusters from *first* on: the host offset of the first one."""
+        if self.image.data_file is None:
+            return await self.refcounts.allocate(number)
+        return (first + SHIFT) << self.image.cluster_bits
+
+    async def _give_back(self, host_offset: int, number: int) -> None:
+        """The clusters have not been linked."""
+        if self.image.data_file is None:
+            await self.refcounts.abandon(host_offset, number)
 
     @staticmethod
     def _copied_run(entries: array[int], at: int, number: int) -> int:
@@ -213,11 +226,11 @@ class Allocator:
                 await self._write_with_surroundings(piece, bufs, head, tail)
                 return
         await image.announce("write_aio")
-        await image.file.pwritev(piece.host_offset, bufs)
+        await image.data.pwritev(piece.host_offset, bufs)
 
     async def _write_with_surroundings(self, piece: Piece, bufs: Buffers, head: int, tail: int) -> None:
         """Write *bufs* and the *head* and *tail* bytes that fill up the first and the last cluster."""
-        image, file = self.image, self.image.file
+        image, file = self.image, self.image.data
         start, end = piece.guest_offset, piece.guest_offset + piece.length
         host_start = piece.host_offset - head
         zero_head = not head or self._is_zero(piece.first_entry, start - head, head)
@@ -252,12 +265,12 @@ class Allocator:
 
     async def _zero_space(self, piece: Piece, host_offset: int, length: int) -> bool:
         """Make the space of *piece* zero without writing buffers; False if that cannot be done."""
-        file = self.image.file
-        if not file.events and host_offset >= file.driver.length:
+        file = self.image.data
+        if not self.image.file.events and host_offset >= self.image.data_end:
             return True  # past the end of the file all is zero
         if not self._file_zeroes:
             return False
-        await self.image.check_overlap(host_offset, length)
+        await self.image.check_data_overlap(host_offset, length)
         await self.image.announce("cluster_alloc_space")
         try:
             await file.pwrite_zeroes(host_offset, length, NO_FALLBACK)
@@ -283,9 +296,7 @@ class Allocator:
                         await image.announce("cluster_free")
                 finally:
                     if not linked and piece.fresh and image.usable:
-                        await self.refcounts.abandon(
-                            piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first
-                        )
+                        await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
                     self._in_flight.remove(in_flight)
         finally:
             in_flight.finish()
@@ -312,9 +323,7 @@ class Allocator:
         try:
             async with image.lock:
                 if piece.fresh and image.usable:
-                    await self.refcounts.abandon(
-                        piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first
-                    )
+                    await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
                 self._in_flight.remove(in_flight)
         finally:
             in_flight.finish()
@@ -324,6 +333,8 @@ class Allocator:
     def free_entry(self, entry: int, *, discard: bool = False) -> None:
         """The L2 *entry* is not in its table any more: free what it referred to."""
         image = self.image
+        if image.data_file is not None:
+            return
         kind = mapping.kind_of(entry)
         if kind == mapping.COMPRESSED:
             self.refcounts.free(*ondisk.parse_compressed(entry, image.cluster_bits), discard=discard)

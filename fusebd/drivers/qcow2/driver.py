@@ -13,8 +13,10 @@ import errno
 from typing import ClassVar
 from weakref import WeakSet
 
+from msgspec import UNSET
+
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import fill_zeroes, slice_buffers
+from fusebd.block.child import MAY_UNMAP, fill_zeroes, slice_buffers
 from fusebd.block.dirtybitmaps import BitmapStore
 from fusebd.block.driver import (
     BlockStatus,
@@ -36,6 +38,7 @@ from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compression import decompress
+from fusebd.drivers.qcow2.data import DataFile
 from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
@@ -81,7 +84,7 @@ class Qcow2(FormatDriver):
     ) -> None:
         super().__init__(node)
         self._image, self._tables, self._refcounts = image, tables, refcounts
-        self._file = image.file
+        self._file, self._data = image.file, image.data
         self._backing: Child | None = None
         self._snapshots = snapshots
         self._backing_name = image.header.backing_file
@@ -111,16 +114,18 @@ class Qcow2(FormatDriver):
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
         if options.encrypt:
             raise OptionError("Encrypted qcow2 images are not supported")
-        if options.data_file:
-            raise OptionError("External data files of qcow2 images are not supported")
         file = await opening.child("file", options.file, Role.IMAGE)
-        driver = await cls.load(opening.node, file, options)
+        header = await read_header(file, read_only=opening.node.read_only)
+        data_file = await _open_data_file(opening, options, header, file)
+        driver = await cls.load(opening.node, file, data_file, options)
         driver.back_by(await _open_backing(opening, options, driver.header, file))
         return driver
 
     @classmethod
-    async def load(cls, node: Node, file: Child, options: Qcow2Options) -> Qcow2:
+    async def load(cls, node: Node, file: Child, data_file: Child | None, options: Qcow2Options) -> Qcow2:
         """The image that is in *file*, ready to be written if *node* is not read-only; backed by nothing.
+
+        *data_file* has the guest data, if *file* does not.
 
         Suspends where *file* does.  Raises OptionError, ImageError, BlockIOError.
         """
@@ -129,7 +134,9 @@ class Qcow2(FormatDriver):
             raise ImageError("Unsupported qcow2 feature(s): extended L2 entries")
         check_options(options, version=header.version)
         sizes = cache_sizes(options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
-        image = Image(node, file, header, overlap_mask(options.overlap_check))
+        if header.has_data_file != (data_file is not None):
+            raise ImageError("The image has come to have an external data file, or to have none")
+        image = Image(node, file, header, overlap_mask(options.overlap_check), data_file)
         image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
         refcounts = Refcounts(image, sizes.refcount_blocks)
         tables = Tables(image, refcounts, slice_bytes=sizes.slice_bytes, max_slices=sizes.slices)
@@ -236,13 +243,13 @@ class Qcow2(FormatDriver):
         await self._read_extents(offset, bufs)
 
     async def _read_data(self, host_offset: int, bufs: Buffers) -> None:
-        file = self._file
+        data = self._data
         epoch = self._image.epoch
         epoch.count += 1
         try:
-            if "read_aio" in file.events:
-                await file.announce("read_aio")
-            await file.preadv(host_offset, bufs)
+            if "read_aio" in data.events:
+                await data.announce("read_aio")
+            await data.preadv(host_offset, bufs)
         finally:
             epoch.count -= 1
 
@@ -343,13 +350,13 @@ class Qcow2(FormatDriver):
                     and host_offset >> image.cluster_bits not in image.metadata.clusters
                 ):
                     item.used = True
-                    file = self._file
+                    data = self._data
                     epoch = image.epoch
                     epoch.count += 1
                     try:
-                        if "write_aio" in file.events:
-                            await file.announce("write_aio")
-                        await file.pwritev(host_offset + in_cluster, bufs)
+                        if "write_aio" in data.events:
+                            await data.announce("write_aio")
+                        await data.pwritev(host_offset + in_cluster, bufs)
                     finally:
                         epoch.count -= 1
                     return
@@ -359,6 +366,9 @@ class Qcow2(FormatDriver):
         """Zero whole clusters by their L2 entries; NotSupported for parts of one that is not zero anyway."""
         image = self._image
         image.check_usable()
+        if image.is_raw:
+            assert image.data_file is not None
+            await image.data_file.pwrite_zeroes(offset, length, flags)
         head = offset & image.cluster_mask
         tail = -(offset + length) & image.cluster_mask
         if head or tail:
@@ -379,8 +389,24 @@ class Qcow2(FormatDriver):
             length = (length + image.cluster_mask) & ~image.cluster_mask
         if (offset | length) & image.cluster_mask:
             raise self._zeroer.refuse("discard")
+        if image.data_file is not None:
+            await self._discard_data(offset, length)
+            if image.is_raw:
+                return
         await self._zeroer.discard(offset, length, has_backing=self._backing is not None)
         await self._limit_waiting()
+
+    async def _discard_data(self, offset: int, length: int) -> None:
+        """Have the external data file forget the clusters; a raw one must read as zeroes there."""
+        data_file = self._image.data_file
+        assert data_file is not None
+        length = min(length, data_file.node.driver.length - offset)
+        if length <= 0:
+            return
+        if self._image.is_raw:
+            await data_file.pwrite_zeroes(offset, length, MAY_UNMAP)
+        elif self._zeroer.passes_on:
+            await data_file.pdiscard(offset, length)
 
     async def _limit_waiting(self) -> None:
         """Freed clusters come back with the next flush; where none comes, make one."""
@@ -410,14 +436,19 @@ class Qcow2(FormatDriver):
         if kind == mapping.DATA:
             # A hole of the file may be in it, so that preallocated clusters are known to be zeroes.
             flags = Status.DATA | Status.OFFSET_VALID | Status.RECURSE
-            return BlockStatus(flags, length, host_offset + in_cluster, self._file.node)
+            return BlockStatus(flags, length, self._place(host_offset + in_cluster), self._data.node)
         if kind == mapping.ZERO_ALLOCATED:
-            return BlockStatus(Status.ZERO | Status.OFFSET_VALID, length, host_offset + in_cluster, self._file.node)
+            flags = Status.ZERO | Status.OFFSET_VALID
+            return BlockStatus(flags, length, self._place(host_offset + in_cluster), self._data.node)
         if kind == mapping.ZERO_PLAIN:
             return BlockStatus(Status.ZERO, length)
         if kind == mapping.COMPRESSED:
             return BlockStatus(Status.DATA | Status.COMPRESSED, length)
         return BlockStatus(Status.NONE, length)
+
+    def _place(self, host_offset: int) -> int:
+        """Where the bytes are in the file that has the data."""
+        return host_offset - self._data.shift if isinstance(self._data, DataFile) else host_offset
 
     async def truncate(
         self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
@@ -431,6 +462,7 @@ class Qcow2(FormatDriver):
             self.length,
             length,
             prealloc,
+            exact=exact,
             zero=zero,
             nb_snapshots=len(self._snapshots),
         )
@@ -468,6 +500,10 @@ class Qcow2(FormatDriver):
                 "corrupt": bool(header.incompatible_features & ondisk.INCOMPAT_CORRUPT),
                 "extended-l2": False,
             }
+        if header.data_file:
+            data["data-file"] = header.data_file
+        if header.has_data_file:
+            data["data-file-raw"] = self._image.is_raw
         info: dict[str, Json] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible_features & ondisk.INCOMPAT_DIRTY),
@@ -496,6 +532,24 @@ async def _prepare_for_writing(image: Image, tables: Tables, refcounts: Refcount
         except FusebdError as error:
             raise error.prefixed("Could not repair dirty image") from None
         await image.set_incompatible(header.incompatible_features & ~ondisk.INCOMPAT_DIRTY)
+
+
+async def _open_data_file(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:
+    """The child with the guest data, if that is not in *file*: the option's, else the one that the image names."""
+    if not header.has_data_file:
+        if options.data_file is not UNSET:
+            await opening.child("data-file", options.data_file, Role.DATA)
+            raise OptionError("'data-file' can only be set for images with an external data file")
+        return None
+    if options.data_file is not UNSET:
+        data_file = await opening.child("data-file", options.data_file, Role.DATA)
+    elif header.data_file:
+        data_file = await opening.child_by_filename("data-file", header.data_file, Role.DATA, protocol=True)
+    else:
+        raise OptionError("'data-file' is required for this image")
+    file.role &= ~Role.DATA
+    opening.graph.refresh_perms([opening.node])
+    return data_file
 
 
 async def _open_backing(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:

@@ -44,6 +44,7 @@ class Header:
     compression_type: int
     backing_file: str = ""
     backing_format: str = ""
+    data_file: str = ""
     snapshots_length: int = 0  #: bytes of the snapshot table, once that was read
     nb_bitmaps: int = 0  #: that can be relied on, as the autoclear bit says
     bitmap_directory_size: int = 0
@@ -54,6 +55,11 @@ class Header:
     def cluster_size(self) -> int:
         """In bytes."""
         return 1 << self.cluster_bits
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether guest data is in an external data file."""
+        return bool(self.incompatible_features & ondisk.INCOMPAT_DATA_FILE)
 
     @property
     def extended_l2(self) -> bool:
@@ -100,9 +106,7 @@ async def read_header(file: Child, *, read_only: bool) -> Header:
     _check_tables(header)
     header.extensions = list(_extensions(await _read_extensions(file, header.header_length, end)))
     _take_extensions(header, read_only=read_only)
-    if header.incompatible_features & ondisk.INCOMPAT_DATA_FILE:
-        raise ImageError("Unsupported qcow2 feature(s): external data file")
-    if header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW:
+    if header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW and not header.has_data_file:
         raise ImageError("data-file-raw requires a data file")
     if header.crypt_method:
         raise ImageError("Encrypted qcow2 images are not supported")
@@ -241,6 +245,8 @@ def _take_extensions(header: Header, *, read_only: bool) -> None:
                     f"ERROR: ext_backing_format: len={len(body)} too large (>={ondisk.MAX_BACKING_FORMAT + 1})"
                 )
             header.backing_format = _text(body)
+        elif kind == ondisk.EXT_DATA_FILE:
+            header.data_file = _text(body)
         elif kind == ondisk.EXT_CRYPTO_HEADER and header.crypt_method != 2:
             raise ImageError("CRYPTO header extension only expected with LUKS encryption method")
         elif kind == ondisk.EXT_BITMAPS:

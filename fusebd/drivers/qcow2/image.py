@@ -21,6 +21,7 @@ import trio
 from fusebd.block.child import Child
 from fusebd.block.mutex import Mutex
 from fusebd.block.node import Node
+from fusebd.drivers.qcow2.data import SHIFT, DataFile
 from fusebd.drivers.qcow2.header import Header
 from fusebd.drivers.qcow2.options import OVERLAP_NAMES
 from fusebd.errors import BlockIOError
@@ -112,10 +113,15 @@ class MetadataMap:
 class Image:
     """One open image: its header, what is below it, and the state of its health."""
 
-    def __init__(self, node: Node, file: Child, header: Header, overlap_mask: int) -> None:
+    def __init__(self, node: Node, file: Child, header: Header, overlap_mask: int, data_file: Child | None) -> None:
         self.node = node
         self.file = file
         self.header = header
+        #: where guest data is read and written, by the offsets that L2 entries have in memory
+        self.data: Child | DataFile = file
+        if data_file is not None:
+            self.data = DataFile(data_file, SHIFT << header.cluster_bits)
+        self.data_file = data_file
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = header.cluster_size - 1
@@ -193,6 +199,21 @@ class Image:
         if kind:
             name = OVERLAP_NAMES[kind.bit_length() - 1][1]
             raise await self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})", offset, length)
+
+    async def check_data_overlap(self, offset: int, length: int) -> None:
+        """The same for guest data, which has no metadata beside it in a data file."""
+        if self.data_file is None:
+            await self.check_overlap(offset, length)
+
+    @property
+    def data_end(self) -> int:
+        """The end of what is written of guest data, as an offset of L2 entries."""
+        return self.data.node.driver.length + (0 if self.data_file is None else SHIFT << self.cluster_bits)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the data file has to read as the disk does by itself."""
+        return self.data_file is not None and bool(self.header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW)
 
     async def write(self, offset: int, data: bytes | bytearray) -> None:
         """Write *data* to the file at byte *offset*."""

@@ -90,7 +90,10 @@ class Qcow2Options(BlockdevOptions, frozen=True, kw_only=True):
     refcount_cache_size: Annotated[Int | UnsetType, Meta(description="most memory for refcount blocks, bytes")] = UNSET
     cache_clean_interval: Annotated[Int, Meta(description="drop unused cache entries after so many seconds")] = 600
     encrypt: Annotated[dict[str, Json] | UnsetType, Meta(description="not supported")] = UNSET
-    data_file: Annotated[BlockdevRef | UnsetType, Meta(description="not supported")] = UNSET
+    data_file: Annotated[
+        BlockdevRef | UnsetType,
+        Meta(description="node with the guest data; default: the image's"),
+    ] = UNSET
 
 
 def check_options(options: Qcow2Options, *, version: int) -> None:

@@ -68,7 +68,8 @@ class Qcow2Reopening(Reopening):
         return self._anew
 
     async def settle(self) -> None:
-        self._after = await type(self.driver).load(self.node, self.node.children["file"], self.options)
+        children = self.node.children
+        self._after = await type(self.driver).load(self.node, children["file"], children.get("data-file"), self.options)
         self._after.back_by(self.node.backing)
 
     def commit(self) -> None:

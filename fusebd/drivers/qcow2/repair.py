@@ -131,6 +131,8 @@ async def _count_data(image: Image, tables: Tables, snapshots: list[Snapshot], c
         await trio.lowlevel.checkpoint()
     for offset, number in l2_tables.items():
         count.add_table(offset, number)
+        if image.data_file is not None:
+            continue
         for entry in _words(await image.read(offset, image.cluster_size)):
             if not entry:
                 continue
@@ -180,6 +182,8 @@ async def _fix_copied(image: Image, tables: Tables, count: _Counter) -> None:
             tables.l1[index] = wanted
             changed = True
     for offset in sorted(l2_offsets):
+        if image.data_file is not None:
+            continue
         entries = _words(await image.read(offset, image.cluster_size))
         if _fix_entries(entries, count, bits):
             entries.byteswap()

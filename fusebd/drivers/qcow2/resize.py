@@ -44,8 +44,12 @@ class Resizer:
         self._image, self._tables, self._refcounts = image, tables, refcounts
         self._allocator, self._zeroer, self._write = allocator, zeroer, write
 
-    async def truncate(self, old: int, new: int, prealloc: Preallocation, *, zero: bool, nb_snapshots: int) -> None:
+    async def truncate(
+        self, old: int, new: int, prealloc: Preallocation, *, exact: bool, zero: bool, nb_snapshots: int
+    ) -> None:
         """Go from *old* to *new* bytes; *zero* makes new bytes zeroes where a backing file would show.
+
+        *exact* holds for an external data file, which gets the same length.
 
         Raises BlockIOError; the length in the header is then the old one.
         """
@@ -62,11 +66,19 @@ class Resizer:
             await self._zeroer.forget(start, end - start)
             async with self._image.lock:
                 await self._tables.drop_from(l1_entries_for(self._image.header, new))
+            if self._image.data_file is not None:
+                await self._image.data_file.truncate(new, exact=exact)
             return
         if zero and self._image.header.version < 3 and new > old + (-old & self._image.cluster_mask):
             # there are no zero clusters, and data for all of it might be more than the disk holds
             raise self._refuse("Failed to zero out new clusters: Operation not supported")
         await self._grow_l1(l1_entries_for(self._image.header, new))
+        if self._image.data_file is not None:
+            await self._image.data_file.truncate(
+                new, exact=exact, prealloc=prealloc if prealloc in ("falloc", "full") else "off"
+            )
+            if self._image.is_raw and prealloc == "off":
+                prealloc = "metadata"  # both have to read the same
         await self._fill(old, new, prealloc, zero=zero)
         await self._set_size(new)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 
+from fusebd.drivers.qcow2.data import MisplacedCluster, shift_in, shift_out
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import OL_ACTIVE_L1, OL_ACTIVE_L2
 from fusebd.drivers.qcow2.refcounts import Refcounts
@@ -96,11 +97,30 @@ class Tables:
         host_offset = table_offset + number % self.slices_per_table * self.slice_bytes
         await self._make_room()
         await image.announce("l2_load")
-        entries = array("Q", bytes(await image.read(host_offset, self.slice_bytes)))
-        entries.byteswap()
-        found = Slice(number, host_offset, entries)
+        found = Slice(number, host_offset, await self._read_entries(number, host_offset))
         self.slices[number] = found
         return found
+
+    async def _read_entries(self, number: int, host_offset: int) -> array[int]:
+        """The entries of slice *number*, which is at *host_offset*."""
+        image = self.image
+        entries = array("Q", bytes(await image.read(host_offset, self.slice_bytes)))
+        entries.byteswap()
+        if image.data_file is not None:
+            try:
+                shift_in(entries, number << self.slice_shift, image.cluster_bits)
+            except MisplacedCluster as error:
+                where = f"(L2 offset: {host_offset:#x}, L2 index: {hexadecimal(error.index)})"
+                raise await image.corrupt(f"{error.text} {where}") from None
+        return entries
+
+    def _stored(self, entries: array[int]) -> bytes:
+        """*entries* as they are in the file."""
+        stored = array("Q", entries)
+        if self.image.data_file is not None:
+            shift_out(stored, self.image.cluster_bits)
+        stored.byteswap()
+        return stored.tobytes()
 
     async def find_writable(self, guest_offset: int) -> Slice:
         """Like ``find``, with an L2 table that nobody else refers to: made, or copied, if need be."""
@@ -140,9 +160,7 @@ class Tables:
         image = self.image
         await image.check_overlap(item.host_offset, self.slice_bytes, OL_ACTIVE_L2)
         await image.announce("l2_update")
-        swapped = array("Q", item.entries)
-        swapped.byteswap()
-        await image.write(item.host_offset, swapped.tobytes())
+        await image.write(item.host_offset, self._stored(item.entries))
         item.dirty = False
 
     async def write_back(self) -> None:
@@ -211,9 +229,7 @@ class Tables:
                     found = Slice(number, host_offset + at, entries)
                 await image.announce("l2_alloc_write")
                 await image.announce("l2_update")
-                swapped = array("Q", entries)
-                swapped.byteswap()
-                await image.write(host_offset + at, swapped.tobytes())
+                await image.write(host_offset + at, self._stored(entries))
             await image.file.flush()
         except BaseException:
             await refcounts.abandon(host_offset, 1)
@@ -239,9 +255,7 @@ class Tables:
         if cached is not None:
             return cached.entries
         await self.image.announce("l2_load")
-        entries = array("Q", bytes(await self.image.read(old_offset, self.slice_bytes)))
-        entries.byteswap()
-        return entries
+        return await self._read_entries(number, old_offset)
 
     async def _replace_l1_entry(self, l1_index: int, host_offset: int) -> None:
         """Make L1 entry *l1_index* refer to the table at *host_offset*, which is durable already."""

@@ -32,6 +32,11 @@ class Zeroer:
         self._pass_on = image.node.unmap if given is UNSET else bool(given)
         self._keep_reference = options.discard_no_unref
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether the file is told about what a request frees."""
+        return self._pass_on
+
     def refuse(self, operation: str) -> NotSupported:
         """What a request on part of a cluster gets."""
         return NotSupported(node_name=self._image.node.name, operation=operation)
