@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import trio
 import trio.testing
 
+from fusebd.block.graph import Graph
 from fusebd.qmp.server import QmpServer
 
 Json = Any
@@ -77,3 +79,20 @@ async def talking(server: QmpServer, *enable: str, negotiate: bool = True) -> As
             await talk.negotiate(*enable)
         yield talk
         await ours.aclose()
+
+
+def disk(path: Path, **options: Json) -> Json:
+    """The qcow2 image *path* as node ``disk``, as blockdev-add takes it."""
+    return {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(path)}, **options}
+
+
+@asynccontextmanager
+async def monitor(path: Path, **options: Json) -> AsyncIterator[tuple[Graph, Talk]]:
+    """A graph that has the image as node ``disk``, and its monitor."""
+    graph = Graph()
+    try:
+        await graph.blockdev_add(disk(path, **options))
+        async with talking(QmpServer(graph, lambda: None)) as talk:
+            yield graph, talk
+    finally:
+        await graph.close()

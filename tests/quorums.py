@@ -10,8 +10,8 @@ from typing import Any
 import trio
 from support import READ_WRITE, Memory, memory_of, root_of
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError
 
 LENGTH = 65536

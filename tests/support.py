@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar
 import trio
 from msgspec import Meta
 
-from fusebd.block.child import Child, Root, fill_zeroes
+from fusebd.block.child import Child, fill_zeroes
 from fusebd.block.debugevents import EVENTS
 from fusebd.block.driver import Buffers, FilterDriver, Node, Preallocation, ProtocolDriver, nbytes, register
 from fusebd.block.graph import Graph
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Size
 from fusebd.block.perms import Perm, Role
+from fusebd.block.root import Root
 from fusebd.drivers.file import File
 from fusebd.errors import BlockIOError, NotSupported
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from support import READ_WRITE, memory_of, root_of
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
+from fusebd.block.root import Root
 from fusebd.drivers.blklogwrites import Blklogwrites, MarkOptions
 
 LENGTH = 1 << 20

@@ -1,10 +1,10 @@
 """The edges of the graph: the one place where requests are checked before a driver sees them.
 
-``Child`` leads from a node to one below it, ``Root`` from a user outside the graph (an open file, an export,
-the monitor) to a node.  An edge cuts or zero-fills at the end of the node, splits what is longer than the driver
-takes, pads what is not aligned (reads) and reads, modifies and writes back (writes), carries out discard,
-detect-zeroes and zero-write fallback, counts, and announces blkdebug's request events.  A Root also holds requests
-back while its node is drained, and reports failures as BLOCK_IO_ERROR.
+``Child`` leads from a node to one below it; ``fusebd.block.root`` has those that lead to a node from outside.  An edge
+cuts or zero-fills at the end of the node, splits what is longer than the driver takes, pads what is not aligned
+(reads) and reads, modifies and writes back (writes), carries out discard, detect-zeroes and zero-write fallback,
+counts, and announces blkdebug's request events.  Drivers that have nothing to do are passed by
+(``fusebd.block.straight``).
 
 Behaviour: QEMU block/io.c.
 """
@@ -12,13 +12,9 @@ Behaviour: QEMU block/io.c.
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
-
-import trio
+from typing import TYPE_CHECKING
 
 from fusebd.block.perms import Perm, Role
 from fusebd.block.straight import straight_read, straight_write
@@ -523,207 +519,3 @@ def _pieces(offset: int, length: int, alignment: int, maximum: int) -> list[tupl
         pieces.append((offset, stop - offset))
         offset = stop
     return pieces
-
-
-class Root(Child):
-    """An edge from outside the graph: a file that is open, an export, the monitor.
-
-    *description* names the user in messages (``block device 'x'``, ``an unnamed block device``).  Requests outside of
-    the node fail with EIO, as they do on a real device.  While the node is drained, requests wait.
-    ``on_resize`` is called when the length has changed.
-    """
-
-    __slots__ = ("_description", "_gate", "_idle", "in_flight", "on_resize", "report_errors")
-
-    def __init__(self, node: Node, description: str, *, report_errors: bool = True) -> None:
-        super().__init__(None, "root", Role.DATA | Role.PRIMARY, node)
-        self._description = description
-        self._gate: trio.Event | None = None
-        self._idle: trio.Event | None = None
-        self.in_flight = 0
-        self.report_errors = report_errors
-        self.on_resize: Callable[[], None] | None = None
-
-    @property
-    def parent_description(self) -> str:
-        return self._description
-
-    @property
-    def length(self) -> int:
-        """The node's length in bytes."""
-        return self.driver.length
-
-    def child_resized(self) -> None:
-        if self.on_resize is not None:
-            self.on_resize()
-
-    async def preadv(self, offset: int, bufs: Buffers) -> None:
-        """Fill *bufs* from byte *offset* on; EIO if any of it is past the end."""
-        if self._gate is not None:
-            await self.wait_undrained()
-        self.in_flight += 1
-        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
-        try:
-            if offset < 0 or offset + size > self.driver.length:
-                raise self._outside("read", offset)
-            if (
-                size > self._read_most
-                or (offset | size) & self._read_mask
-                or (self._read_concerns is not None and self._read_concerns(offset, size))
-            ):
-                await self._preadv_pieces(offset, bufs, size)
-                return
-            # as in Child.preadv: the call of that would cost a tenth of what a request does here
-            counters = self._read_counters
-            began = perf_counter_ns()
-            try:
-                await self._read(offset, bufs)
-            except BaseException:
-                counters.failed_rd_operations += 1
-                raise
-            counters.rd_operations += 1
-            counters.rd_bytes += size
-            counters.rd_total_time_ns += perf_counter_ns() - began
-        except BlockIOError as error:
-            self._report("read", error, offset, size)
-            raise
-        finally:
-            self.in_flight -= 1
-            if self._idle is not None:
-                self._check_idle()
-
-    async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
-        """Write *bufs* from byte *offset* on; EIO if any of it is past the end and the edge may not resize."""
-        if self._gate is not None:
-            await self.wait_undrained()
-        self.in_flight += 1
-        size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
-        try:
-            if offset < 0:
-                raise self._outside("write", offset)
-            if (
-                offset + size > self.driver.length
-                or size > self._write_most
-                or flags
-                or (self._write_concerns is not None and self._write_concerns(offset, size))
-            ):
-                await self._pwritev_general(offset, bufs, size, flags)
-                return
-            counters = self._write_counters  # as in Child.pwritev
-            began = perf_counter_ns()
-            try:
-                await self._write(offset, bufs)
-            except BaseException:
-                counters.failed_wr_operations += 1
-                counters.changes += 1
-                raise
-            counters.changes += 1
-            counters.wr_operations += 1
-            counters.wr_bytes += size
-            counters.wr_total_time_ns += perf_counter_ns() - began
-            if offset + size > counters.wr_highest_offset:
-                counters.wr_highest_offset = offset + size
-        except BlockIOError as error:
-            self._report("write", error, offset, size)
-            raise
-        finally:
-            self.in_flight -= 1
-            if self._idle is not None:
-                self._check_idle()
-
-    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        async with self._request("write", offset, length):
-            await super().pwrite_zeroes(offset, length, flags)
-
-    async def pdiscard(self, offset: int, length: int) -> None:
-        async with self._request("unmap", offset, length):
-            await super().pdiscard(offset, length)
-
-    async def flush(self) -> None:
-        async with self._request("flush", 0, 0):
-            await super().flush()
-
-    async def truncate(
-        self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
-    ) -> None:
-        async with self._request("resize", length, 0):
-            await super().truncate(length, exact=exact, prealloc=prealloc, zero=zero)
-
-    @asynccontextmanager
-    async def entered(self) -> AsyncIterator[None]:
-        """Keeps the node from being drained while in this context: for what is no request by itself (block status)."""
-        if self._gate is not None:
-            await self.wait_undrained()
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if self._idle is not None:
-                self._check_idle()
-
-    @asynccontextmanager
-    async def _request(self, operation: str, offset: int, length: int) -> AsyncIterator[None]:
-        if self._gate is not None:
-            await self.wait_undrained()
-        self.in_flight += 1
-        try:
-            yield
-        except BlockIOError as error:
-            if not isinstance(error, NotSupported):
-                self._report(operation, error, offset, length)
-            raise
-        finally:
-            self.in_flight -= 1
-            if self._idle is not None:
-                self._check_idle()
-
-    def _outside(self, operation: str, offset: int) -> BlockIOError:
-        return BlockIOError(
-            errno.EIO, node_name=self.node.name, operation=operation, offset=offset, reason="outside of the node"
-        )
-
-    def _report(self, operation: str, error: BlockIOError, offset: int, length: int) -> None:
-        if not self.report_errors:
-            return
-        self.node.graph.ledger.record_error(
-            self.node, operation=operation, offset=offset, length=length, errno=error.errno
-        )
-        data: dict[str, Any] = {
-            "device": "",
-            "node-name": self.node.public_name,
-            "operation": "write" if operation == "unmap" else operation,
-            "action": "report",
-            "nospace": error.errno == errno.ENOSPC,
-            "reason": os.strerror(error.errno),
-        }
-        self.node.emit("BLOCK_IO_ERROR", data)
-
-    # -- drain ----------------------------------------------------------------------------------
-
-    async def wait_undrained(self) -> None:
-        """Wait until requests may start."""
-        while self._gate is not None:
-            await self._gate.wait()
-
-    def begin_drain(self) -> None:
-        """From now on, requests that arrive wait."""
-        if self._gate is None:
-            self._gate = trio.Event()
-
-    def end_drain(self) -> None:
-        """Let the waiting requests go."""
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.set()
-
-    async def wait_idle(self) -> None:
-        """Wait until no request is under way."""
-        while self.in_flight:
-            self._idle = trio.Event()
-            await self._idle.wait()
-
-    def _check_idle(self) -> None:
-        if not self.in_flight and self._idle is not None:
-            idle, self._idle = self._idle, None
-            idle.set()

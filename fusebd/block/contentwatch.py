@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusebd.block.child import Child, Root
+    from fusebd.block.child import Child
     from fusebd.block.node import Node
+    from fusebd.block.root import Root
 
 #: called with the byte offset and the length of what has changed; length 0: all of it
 Changed = Callable[[int, int], None]

@@ -18,12 +18,12 @@ from typing import Annotated, ClassVar, TypeVar
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.child import Root
 from fusebd.block.eventloop import IoThread
 from fusebd.block.graph import Graph
 from fusebd.block.options import Json, OptionStruct, convert, declared_options, parse_keyval, type_keyval
 from fusebd.block.perms import Perm
 from fusebd.block.qjson import loads
+from fusebd.block.root import Root
 from fusebd.errors import FusebdError, GraphError, OptionError
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 import construct as cs
-from msgspec import UnsetType
 
 from fusebd.block.child import Buffers, Child, copy_into, fill_zeroes, nbytes, slice_buffers
-from fusebd.block.driver import BlockStatus, FormatDriver, Node, Status
+from fusebd.block.driver import BlockStatus, FormatDriver, Status
 from fusebd.block.opening import Opening
-from fusebd.block.options import BlockdevRef
-from fusebd.block.perms import Role
 from fusebd.errors import ImageError, OpenError
 
 
@@ -67,26 +64,6 @@ async def read_struct(file: Child, offset: int, struct: cs.Construct, length: in
         return struct.parse(await read_bytes(file, offset, length))
     except cs.ConstructError as error:
         raise ImageError(f"Malformed structure at offset {offset}: {str(error).splitlines()[-1]}") from None
-
-
-async def open_backing(
-    opening: Opening, given: BlockdevRef | UnsetType | None, named: str, driver: str | None, base: Node
-) -> Child | None:
-    """The backing child: the one that the option *given* describes, else the one that the image calls *named*.
-
-    *given* None (``null``), or an empty reference, means none.  Suspends and raises as
-    ``Opening.child`` does.
-    """
-    failure = "Could not open backing file"
-    if given is None:
-        return None
-    if given:
-        if given.reference == "":
-            return None
-        return await opening.child("backing", given, Role.COW, failure=failure)
-    if not named:
-        return None
-    return await opening.child_by_filename("backing", named, Role.COW, driver=driver, base=base, failure=failure)
 
 
 class ForeignFormat(FormatDriver):

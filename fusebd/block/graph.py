@@ -20,7 +20,7 @@ from typing import Any
 import trio
 from msgspec import UNSET
 
-from fusebd.block.child import Child, Root
+from fusebd.block.child import Child
 from fusebd.block.driver import best_format, driver_class, parse_blockdev
 from fusebd.block.fileviews import FileViews
 from fusebd.block.ledger import Ledger
@@ -29,6 +29,7 @@ from fusebd.block.objects import Objects
 from fusebd.block.opening import Opening, resolve_options
 from fusebd.block.options import BlockdevOptions, Json
 from fusebd.block.perms import Perm, Role, perm_names
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, FusebdError, GraphError, PermissionConflict, ReadOnlyError
 
 log = logging.getLogger(__name__)

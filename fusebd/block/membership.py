@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
 from fusebd.block.node import Node
+from fusebd.block.root import Root
 from fusebd.errors import GraphError
 
 

@@ -9,6 +9,8 @@ import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET, UnsetType
+
 from fusebd.block import filename
 from fusebd.block.flatoptions import Flat, inherit, own_options
 from fusebd.block.naming import node_filename
@@ -144,6 +146,21 @@ class Opening:
         if name == "backing":
             self.node.opened_backing = node_filename(below)
         return await self.graph.attach_opened(self.node, name, role, below)
+
+    async def backing(
+        self, given: BlockdevRef | UnsetType | None, named: str, driver: str | None, base: Node
+    ) -> Child | None:
+        """Open the backing child: what the option *given* says, else the file that the image calls *named*.
+
+        *given* None (``null``), or an empty reference, means none.  *driver*, *base* and the rest as in
+        ``child_by_filename``.
+        """
+        failure = "Could not open backing file"
+        if isinstance(given, BlockdevRef) and given.reference != "":
+            return await self.child("backing", given, Role.COW, failure=failure)
+        if given is not UNSET or not named:
+            return None
+        return await self.child_by_filename("backing", named, Role.COW, driver=driver, base=base, failure=failure)
 
     def _is_file_above(self, name: str) -> bool:
         """Whether *name* is the file of an image that is opening, that is of this one or one above it."""

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusebd.block.child import Root
 from fusebd.block.options import Json
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import CommandError, FusebdError, GraphError
 
 if TYPE_CHECKING:

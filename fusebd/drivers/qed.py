@@ -18,7 +18,6 @@ from fusebd.block.foreignformat import (
     Extent,
     ForeignFormat,
     Kind,
-    open_backing,
     read_bytes,
     read_struct,
     refuse_writing,
@@ -67,9 +66,7 @@ class Qed(ForeignFormat):
         if header.features & ondisk.BACKING_FILE:
             driver.backing_name = await _backing_name(file, header)
         raw = header.features & ondisk.BACKING_FORMAT_NO_PROBE
-        driver.backing = await open_backing(
-            opening, options.backing, driver.backing_name, "raw" if raw else None, file.node
-        )
+        driver.backing = await opening.backing(options.backing, driver.backing_name, "raw" if raw else None, file.node)
         return driver
 
     async def extent(self, offset: int, length: int) -> Extent:

@@ -24,7 +24,6 @@ from fusebd.block.foreignformat import (
     Extent,
     ForeignFormat,
     Kind,
-    open_backing,
     read_bytes,
     read_struct,
     refuse_writing,
@@ -115,7 +114,7 @@ class Vmdk(ForeignFormat):
             await driver._open_described(opening, head)
         driver.length = driver._ends[-1] if driver._ends else 0
         driver.backing_name = _parent(head[:_EMBEDDED_LENGTH])
-        driver.backing = await open_backing(opening, options.backing, driver.backing_name, "vmdk", file.node)
+        driver.backing = await opening.backing(options.backing, driver.backing_name, "vmdk", file.node)
         return driver
 
     # -- opening --------------------------------------------------------------------------------

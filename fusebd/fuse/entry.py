@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from fusebd.block.child import Root
 from fusebd.block.node import Node
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import FusebdError
 
 log = logging.getLogger(__name__)

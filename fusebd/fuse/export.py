@@ -16,9 +16,9 @@ import trio
 from msgspec import Meta
 
 from fusebd.block.cachemode import CacheMode
-from fusebd.block.child import Root
 from fusebd.block.export import Export, ExportOptions, register
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import FuseError, GraphError, OpenError, UsageError
 from fusebd.fuse.files import Files
 from fusebd.fuse.mount import serve_mounted

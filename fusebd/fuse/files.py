@@ -21,13 +21,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from fusebd.block.cachemode import CacheMode
-from fusebd.block.child import Root
 from fusebd.block.contentwatch import ContentWatch
 from fusebd.block.fileviews import FileView
 from fusebd.block.graph import Graph
 from fusebd.block.node import Node
 from fusebd.block.options import BlockdevRef, Json
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, FusebdError, FuseError, GraphError, NotSupported, UsageError
 from fusebd.fuse.caching import Access, access
 from fusebd.fuse.entry import Entry, Needs

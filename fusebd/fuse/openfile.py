@@ -17,11 +17,12 @@ import trio
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.cachemode import CacheMode
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK
 from fusebd.block.contentwatch import ContentWatch
 from fusebd.block.mutex import Mutex
 from fusebd.block.node import Node
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import FuseError
 from fusebd.fuse.caching import Access

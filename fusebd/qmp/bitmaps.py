@@ -20,7 +20,7 @@ from fusebd.block.options import Json, OptionStruct, Uint32, convert
 from fusebd.errors import CommandError, OptionError
 from fusebd.qmp.queries import image_info
 from fusebd.qmp.table import CommandTable, Context
-from fusebd.qmp.transactions import Action, action, run_single
+from fusebd.qmp.transactions import Action, action
 
 COMMANDS = CommandTable()
 command = COMMANDS.command
@@ -225,36 +225,6 @@ class MergeAction(_Restoring, Action[BitmapMerge]):
             if self._changed is None:
                 self._keep(target)
             target.merge(source)
-
-
-@command("block-dirty-bitmap-add", BitmapAdd)
-async def block_dirty_bitmap_add(context: Context, arguments: BitmapAdd) -> None:
-    await run_single(context.graph, AddAction(arguments))
-
-
-@command("block-dirty-bitmap-remove", BitmapName)
-async def block_dirty_bitmap_remove(context: Context, arguments: BitmapName) -> None:
-    await run_single(context.graph, RemoveAction(arguments))
-
-
-@command("block-dirty-bitmap-clear", BitmapName)
-async def block_dirty_bitmap_clear(context: Context, arguments: BitmapName) -> None:
-    await run_single(context.graph, ClearAction(arguments))
-
-
-@command("block-dirty-bitmap-enable", BitmapName)
-async def block_dirty_bitmap_enable(context: Context, arguments: BitmapName) -> None:
-    await run_single(context.graph, EnableAction(arguments))
-
-
-@command("block-dirty-bitmap-disable", BitmapName)
-async def block_dirty_bitmap_disable(context: Context, arguments: BitmapName) -> None:
-    await run_single(context.graph, DisableAction(arguments))
-
-
-@command("block-dirty-bitmap-merge", BitmapMerge)
-async def block_dirty_bitmap_merge(context: Context, arguments: BitmapMerge) -> None:
-    await run_single(context.graph, MergeAction(arguments))
 
 
 @command("x-debug-block-dirty-bitmap-sha256", BitmapName)

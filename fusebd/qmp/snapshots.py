@@ -15,7 +15,7 @@ from fusebd.block.graph import Graph
 from fusebd.block.options import Json, OptionStruct
 from fusebd.block.snapshots import SnapshotInfo
 from fusebd.qmp.table import CommandTable, Context
-from fusebd.qmp.transactions import Action, action, run_single
+from fusebd.qmp.transactions import Action, action
 
 COMMANDS = CommandTable()
 command = COMMANDS.command
@@ -41,11 +41,6 @@ class SnapshotAction(Action[SnapshotInternalSync]):
     async def abort(self, graph: Graph) -> None:
         if self.made is not None:
             await snapshots.remove_again(graph, self.arguments.device, self.made)
-
-
-@command("blockdev-snapshot-internal-sync", SnapshotInternalSync)
-async def blockdev_snapshot_internal_sync(context: Context, arguments: SnapshotInternalSync) -> None:
-    await run_single(context.graph, SnapshotAction(arguments))
 
 
 class SnapshotNamed(OptionStruct, frozen=True, kw_only=True):

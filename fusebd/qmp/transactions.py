@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 from fusebd.block.graph import Graph
 from fusebd.block.options import Json, OptionStruct, convert
 from fusebd.errors import CommandError, FusebdError, OptionError
-from fusebd.qmp.table import CommandTable, Context
+from fusebd.qmp.table import Command, CommandTable, Context
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,20 @@ class Action(Generic[A]):
 _ACTIONS: dict[str, type[Action[Any]]] = {}
 
 
-def action(name: str, arguments: type[OptionStruct]) -> Callable[[C], C]:
-    """Class decorator: *name* is the action's ``type``, *arguments* declares its ``data``."""
+def action(name: str, arguments: type[OptionStruct], *, alone: bool = True) -> Callable[[C], C]:
+    """Class decorator: *name* is the action's ``type``, *arguments* declares its ``data``.
+
+    Unless *alone* is false, it is a command of that name, too.
+    """
 
     def enter(kind: C) -> C:
+        async def run(context: Context, given: OptionStruct) -> None:
+            await run_all(context.graph, [kind(given)])
+
         kind.arguments_class = arguments
         _ACTIONS[name] = kind
+        if alone:
+            COMMANDS.add(Command(name, arguments, run))
         return kind
 
     return enter
@@ -66,7 +74,7 @@ class NoData(OptionStruct, frozen=True, kw_only=True):
     pass
 
 
-@action("abort", NoData)
+@action("abort", NoData, alone=False)
 class AbortAction(Action[NoData]):
     """Fails."""
 
@@ -99,11 +107,6 @@ async def _abort(graph: Graph, one: Action[Any]) -> None:
         await one.abort(graph)
     except FusebdError as error:
         log.error("a part of a transaction cannot be undone: %s", error)
-
-
-async def run_single(graph: Graph, one: Action[Any]) -> None:
-    """A command that is an action, too."""
-    await run_all(graph, [one])
 
 
 class Properties(OptionStruct, frozen=True, kw_only=True):

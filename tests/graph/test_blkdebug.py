@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 from support import READ_WRITE, Memory, memory_of, read, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.filename import options_for
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.drivers.blkdebug import Blkdebug, BlkdebugOptions, InjectErrorOptions, SetStateOptions
 from fusebd.drivers.blkdebug.config import parse_config
 from fusebd.drivers.raw import RawOptions

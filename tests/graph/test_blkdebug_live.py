@@ -13,10 +13,11 @@ from qmptalk import Talk, talking
 from support import memory_of, read, root_of, write
 
 from fusebd.block.caller import Asked, current_request
-from fusebd.block.child import NO_FALLBACK, Root
+from fusebd.block.child import NO_FALLBACK
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import insert_filter, remove_filter
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.drivers.blkdebug import Blkdebug
 from fusebd.errors import BlockIOError, NotSupported
 from fusebd.qmp.server import QmpServer

@@ -19,8 +19,9 @@ import pytest
 from support import READ_WRITE, read, root_of
 
 from fusebd.block.blockstatus import block_status
-from fusebd.block.child import FUA, MAY_UNMAP, Root
+from fusebd.block.child import FUA, MAY_UNMAP
 from fusebd.block.graph import Graph
+from fusebd.block.root import Root
 from fusebd.drivers.blkdebug import EVENTS, IO_TYPES, InjectErrorOptions, SetStateOptions
 from fusebd.drivers.blkdebug.rules import RuleSet
 from fusebd.errors import BlockIOError, CommandError, OptionError

@@ -15,10 +15,11 @@ import trio
 import trio.testing
 from support import READ_WRITE, Memory, memory_of, read, root_of, write
 
-from fusebd.block.child import FUA, Root
+from fusebd.block.child import FUA
 from fusebd.block.filename import options_for
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, FusebdError, OptionError, ReadOnlyError
 
 LENGTH = 65536

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from support import READ_WRITE, Memory, memory_of, read, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
 from fusebd.block.mismatch import dump_difference, first_difference
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, OptionError
 from fusebd.eventlog import EventLog
 

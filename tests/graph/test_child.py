@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import READ_WRITE, Memory, memory_of, read, root_of, write
 
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root, nbytes, slice_buffers
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, nbytes, slice_buffers
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, NotSupported
 
 RESIZE = READ_WRITE | Perm.RESIZE

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from support import READ_WRITE, memory_of, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.contentwatch import ContentWatch
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import insert_filter, remove_filter
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.straight import is_plain
 from fusebd.errors import BlockIOError, FusebdError, NotSupported
 

@@ -21,11 +21,11 @@ import trio.testing
 from support import READ_WRITE, Suspends, memory_of, read, root_of, write
 
 from fusebd.block.blockstatus import block_status
-from fusebd.block.child import Root
 from fusebd.block.driver import driver_class, driver_names
 from fusebd.block.graph import Graph
 from fusebd.block.options import tree_from_dotted
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, ReadOnlyError
 

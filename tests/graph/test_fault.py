@@ -15,12 +15,13 @@ from qmptalk import Talk, talking
 from support import Memory, memory_of, read, recorder_of, root_of, write
 
 from fusebd.block.blockstatus import block_status
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK
 from fusebd.block.driver import Buffers, parse_blockdev_text
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import insert_filter, remove_filter
 from fusebd.block.naming import node_filename
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.drivers.fault import Fault, FaultRule
 from fusebd.drivers.fault.commands import FaultHeal, FaultRelease, FaultRuleAdd, FaultRuleRemove, QueryFaultRules

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from qmptalk import talking
 from support import memory_of, read, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
 from fusebd.block.naming import node_filename
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.drivers.fault import Fault, FaultRule
 from fusebd.drivers.fault.commands import (
     FaultHeal,

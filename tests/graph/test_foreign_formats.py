@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import patch
 from mounting import run
 from powercuts import LONG
 from support import read, root_of, write
@@ -23,6 +24,7 @@ from fusebd.block.node import Node
 from fusebd.block.perms import Perm
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, FusebdError
+from fusebd.ondisk import vhdx
 
 SIZE = (9 << 20) + 512 * 3
 #: (format, options of qemu-img)
@@ -73,10 +75,13 @@ def convert(raw: Path, directory: Path, kind: tuple[str, str]) -> Path:
     return path
 
 
+def file_of(path: Path) -> dict[str, Any]:
+    return {"driver": "file", "filename": str(path)}
+
+
 async def opened(graph: Graph, image_format: str, path: Path, **options: Any) -> Node:
-    file = {"driver": "file", "filename": str(path)}
     return await graph.blockdev_add(
-        {"driver": image_format, "node-name": "disk", "read-only": True, "file": file, **options}
+        {"driver": image_format, "node-name": "disk", "read-only": True, "file": file_of(path), **options}
     )
 
 
@@ -246,17 +251,19 @@ WRONG = [
     ("vdi", 0x1B8, b"parent", r"unsupported VDI image \(non-NULL parent UUID\)"),
     ("vpc", 0, bytes(8), "Incorrect header checksum|invalid VPC image"),
     ("vpc", 70, b"x", "Incorrect header checksum"),
-    ("vpc", 512, b"c", "Invalid header magic"),
+    ("vpc", 512, b"X", "Invalid header magic"),
     ("vpc", 512 + 32, bytes((0, 0, 0, 3)), "Invalid block size 3"),
     ("vpc", 512 + 28, bytes((0, 0, 0, 1)), "Page table too small"),
     ("vpc", 1536, bytes((0x7F, 0, 0, 0)), "block-vpc: free_data_block_offset points after the end of file"),
+    ("vhdx", 0, b"VHDX", "Image not in VHDX format"),
+    ("vhdx", 3 << 16, b"none", r"invalid VHDX image \(no region table\)"),
+    ("vhdx", (3 << 16) + 100, b"x", r"invalid VHDX image \(wrong checksum of the region table\)"),
     ("qed", 0, b"QEX", "Image not in QED format"),
     ("qed", 4, le(5000), "QED cluster size is invalid"),
     ("qed", 8, le(3), "QED table size is invalid"),
     ("qed", 16, le(64, 8), "Unsupported QED features: 40"),
     ("qed", 40, le(1 << 40, 8), "QED table offset is invalid"),
     ("qed", 48, le(511, 8), "QED image size is invalid"),
-    ("vmdk", 0, b"K", None),
     ("vmdk", 4, le(4), "Unsupported VMDK version 4"),
     ("vmdk", 20, le(1 << 30, 8), "Invalid granularity, image may be corrupt|L1 entry size is invalid"),
     ("vmdk", 44, le(513), "L2 table size too big"),
@@ -265,22 +272,50 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("image_format", "offset", "data", "message"), [entry for entry in WRONG if entry[3]], ids=lambda value: None
-)
+@pytest.mark.parametrize(("image_format", "offset", "data", "message"), WRONG, ids=lambda value: None)
 async def test_what_is_wrong_is_said_in_qemu_s_words(
     graph: Graph, raw: Path, tmp_path: Path, image_format: str, offset: int, data: bytes, message: str
 ) -> None:
     path = convert(raw, tmp_path, (image_format, ""))
     with path.open("r+b") as file:
-        assert message
         file.seek(offset)
-        file.write(b"X" if message == "Invalid header magic" else data)
+        file.write(data)
     with pytest.raises(FusebdError, match=f"^(?:{message})"):
         await opened(graph, image_format, path)
     assert list(graph.nodes) == []
     # in the first of these words or in others, QEMU refuses it as well
     run("qemu-img", "map", "-f", image_format, path, expect=(1,))
+
+
+async def test_a_vhdx_without_a_header_that_holds_is_refused(graph: Graph, raw: Path, tmp_path: Path) -> None:
+    path = convert(raw, tmp_path, ("vhdx", ""))
+    for at in vhdx.HEADER_OFFSETS:
+        patch(path, (at + 8, b"changed"))
+    with pytest.raises(FusebdError, match=r"^No valid VHDX header found$"):
+        await opened(graph, "vhdx", path)
+
+
+async def test_a_vhdx_with_a_log_that_was_not_carried_out_is_refused(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    run("qemu-img", "create", "-q", "-f", "vhdx", path, "16M")
+    # killed after the change was made: the log is still there, and is put in force again
+    run("qemu-io", "-f", "vhdx", "-c", "write 0 64k", "-c", "sigraise 9", path, expect=(-9,))
+    await graph.blockdev_add({"driver": "vhdx", "read-only": True, "node-name": "n", "file": file_of(path)})
+    await graph.blockdev_del("n")
+    image = path.read_bytes()
+    at = max(vhdx.HEADER_OFFSETS, key=lambda at: vhdx.HEADER.parse(image[at:]).sequence_number)
+    log = vhdx.HEADER.parse(image[at:]).log_offset
+    entry = vhdx.LOG_HEADER.parse(image[log:])
+    assert entry.signature == vhdx.LOG_SIGNATURE
+    header = bytearray(image[at : at + vhdx.HEADER_CHECKED])
+    header[48:64] = entry.log_guid
+    header[4:8] = le(vhdx.checksum(bytes(header)))
+    patch(path, (at, bytes(header)))
+    with pytest.raises(FusebdError) as caught:
+        await opened(graph, "vhdx", path)
+    words = f"VHDX image file '{path}' opened read-only, but contains a log that needs to be replayed"
+    assert str(caught.value) == words
+    assert words in run("qemu-io", "-r", "-f", "vhdx", "-c", "read 0 512", path, expect=(1,))
 
 
 @pytest.mark.parametrize("lines", ["RW 5 FLAT \"x\"", "RW 5 SPARSE \"x\" 0", "RW 5 FLAT \"x\" -1"])  # fmt: skip

@@ -14,9 +14,10 @@ import pytest
 import trio
 from support import READ_WRITE, read, root_of, write
 
-from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK, Root
+from fusebd.block.child import FUA, MAY_UNMAP, NO_FALLBACK
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, FusebdError, ReadOnlyError
 

@@ -6,8 +6,6 @@ import contextlib
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 from images import after_power_cut, check_image, content, create, info, io, patch, u16, u32, u64
 from mounting import run
 from qemuprograms import storage_daemon
-from qmptalk import Talk, talking
+from qmptalk import disk, monitor, talking
 from support import READ_WRITE, recorder_of, root_of, write
 
 from fusebd.block.graph import Graph
@@ -28,21 +26,6 @@ LONG = bool(os.environ.get("FUSEBD_LONG"))
 ADD, REMOVE, CLEAR, DISABLE = (f"block-dirty-bitmap-{verb}" for verb in ("add", "remove", "clear", "disable"))
 SHA256 = "x-debug-block-dirty-bitmap-sha256"
 CLUSTER_SIZES = [512, 4096, 65536, 2 * M]
-
-
-def disk(path: Path, **options: Json) -> Json:
-    return {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(path)}, **options}
-
-
-@asynccontextmanager
-async def monitor(path: Path, **options: Json) -> AsyncIterator[tuple[Graph, Talk]]:
-    graph = Graph()
-    try:
-        await graph.blockdev_add(disk(path, **options))
-        async with talking(QmpServer(graph, lambda: None)) as talk:
-            yield graph, talk
-    finally:
-        await graph.close()
 
 
 async def write_to(graph: Graph, *ranges: tuple[int, int]) -> None:

@@ -15,9 +15,10 @@ from images import after_power_cut, check_image, content, create, io
 from mounting import run
 from support import READ_WRITE, read, recorder_of, root_of, write
 
-from fusebd.block.child import MAY_UNMAP, Root
+from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError
 
 K = 1024

@@ -14,10 +14,11 @@ from images import create, io, patch, u16, u32, u64
 from mounting import run
 from support import read, root_of, write
 
-from fusebd.block.child import MAY_UNMAP, Root
+from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
 from fusebd.block.opening import MAX_CHAIN
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, FusebdError
 from fusebd.ondisk import qcow2 as ondisk
 

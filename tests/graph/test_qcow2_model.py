@@ -28,9 +28,10 @@ from mounting import run
 from support import READ_WRITE, memory_of, read, root_of, write
 
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import MAY_UNMAP, Root
+from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError
 

@@ -14,8 +14,9 @@ from images import after_power_cut, check_image, content, create, io
 from mounting import run
 from support import READ_WRITE, recorder_of, root_of, write
 
-from fusebd.block.child import MAY_UNMAP, Root
+from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
+from fusebd.block.root import Root
 
 SECTOR = 512
 CUTS = 8

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from images import after_power_cut, check_image, content, create, info, io, patch, u16, u32, u64
 from mounting import run
-from qmptalk import Talk, talking
+from qmptalk import disk, monitor, talking
 from support import READ_WRITE, read, recorder_of, root_of, write
 
 from fusebd.block.graph import Graph
@@ -50,27 +48,11 @@ def image(directory: Path, name: str, size: str = "160k") -> Path:
     return path
 
 
-def disk(path: Path, **options: Json) -> Json:
-    return {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(path)}, **options}
-
-
 def of_snapshot(path: Path, name: str) -> bytes:
     """What the snapshot *name* contains, by qemu-img."""
     copy = path.with_name("of-snapshot")
     run("qemu-img", "convert", "-l", f"snapshot.name={name}", "-O", "raw", path, copy)
     return copy.read_bytes()
-
-
-@asynccontextmanager
-async def monitor(path: Path, **options: Json) -> AsyncIterator[tuple[Graph, Talk]]:
-    """A graph that has the image as node ``disk``, and its monitor."""
-    graph = Graph()
-    try:
-        await graph.blockdev_add(disk(path, **options))
-        async with talking(QmpServer(graph, lambda: None)) as talk:
-            yield graph, talk
-    finally:
-        await graph.close()
 
 
 async def whole(graph: Graph, name: str = "disk") -> bytes:

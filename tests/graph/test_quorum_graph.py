@@ -11,12 +11,12 @@ import trio.testing
 from quorums import LENGTH, MEMORY, Event, Gate, add, bad, listen
 from support import READ_WRITE, memory_of, read, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import insert_filter
 from fusebd.block.membership import change_children
 from fusebd.block.naming import node_filename
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.errors import FusebdError, GraphError, OpenError, PermissionConflict
 
 

@@ -12,9 +12,9 @@ import trio
 import trio.testing
 from support import READ_WRITE, memory_of, read, root_of, write
 
-from fusebd.block.child import Root
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.root import Root
 from fusebd.block.throttlegroup import READ, WRITE, ThrottleGroup
 from fusebd.errors import CommandError, OptionError
 

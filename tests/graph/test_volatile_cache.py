@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import memory_of, read, root_of, write
 
-from fusebd.block.child import FUA, Root
+from fusebd.block.child import FUA
 from fusebd.block.graph import Graph
 from fusebd.block.insertion import find_driver
+from fusebd.block.root import Root
 from fusebd.drivers.volatilecache.driver import NoOptions, PowerCutOptions, VolatileCache
 from fusebd.drivers.volatilecache.pending import WRITE, WriteLog, decide
 from fusebd.errors import BlockIOError, CommandError, GraphError, OptionError

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import trio
@@ -235,16 +236,10 @@ class Blkdebug(FilterDriver):
     # -- requests -------------------------------------------------------------------------------
 
     def read_bypass(self) -> Bypass | None:
-        return Bypass(self.file, None if self._passes else self._concerns_read)
+        return Bypass(self.file, None if self._passes else partial(self.rules.covered, "read"))
 
     def write_bypass(self) -> Bypass | None:
-        return Bypass(self.file, None if self._passes else self._concerns_write)
-
-    def _concerns_read(self, offset: int, length: int) -> bool:
-        return self.rules.covered("read", offset, length)
-
-    def _concerns_write(self, offset: int, length: int) -> bool:
-        return self.rules.covered("write", offset, length)
+        return Bypass(self.file, None if self._passes else partial(self.rules.covered, "write"))
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         if self.rules.active:

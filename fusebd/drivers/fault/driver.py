@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import trio
@@ -103,6 +104,7 @@ class Fault(FilterDriver):
         self._reads = self._writes = self._zeroes = self._discards = self._flushes = self._statuses = False
         self._decide = self.rules.decide
         self._bypass: tuple[Bypass | None, Bypass | None] = None, None
+        self._concerns_read, self._concerns_write = (partial(self.rules.touch, kind) for kind in ("read", "write"))
         if run is not None and self._replay is not None:
             self._replay.begin(run.header, self.rules, self.medium.damage, self.medium.length)
         for index, rule in enumerate(options.rules):
@@ -398,12 +400,6 @@ class Fault(FilterDriver):
 
     def write_bypass(self) -> Bypass | None:
         return self._bypass[1]
-
-    def _concerns_read(self, offset: int, length: int) -> bool:
-        return self.rules.touch("read", offset, offset + length)
-
-    def _concerns_write(self, offset: int, length: int) -> bool:
-        return self.rules.touch("write", offset, offset + length)
 
     # -- recording and replay -------------------------------------------------------------------
 

@@ -318,14 +318,15 @@ class RuleSet:
 
     def decide(self, operation: str, offset: int, length: int, flags: int = 0) -> Verdict | None:
         """What becomes of a request of *length* bytes at byte *offset*; None if no rule is hit."""
-        if self.touch(operation, offset, offset + length):
+        if self.touch(operation, offset, length):
             return self._decide(Request(operation, offset, length, flags))
         return None
 
-    def touch(self, operation: str, start: int, end: int) -> bool:
-        """Whether any rule may have to do with the bytes *start* to *end*."""
+    def touch(self, operation: str, offset: int, length: int) -> bool:
+        """Whether any rule may have to do with an *operation* on *length* bytes from *offset* on."""
+        end = offset + length
         for rule in self.by_operation[operation]:  # noqa: SIM110 - a generator costs as much as all the rest
-            if start < rule.end and end > rule.start:
+            if offset < rule.end and end > rule.start:
                 return True
         return False
 

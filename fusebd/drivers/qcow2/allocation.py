@@ -19,7 +19,6 @@ import trio
 from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
 from fusebd.block.shield import shielded
 from fusebd.drivers.qcow2 import mapping
-from fusebd.drivers.qcow2.data import SHIFT
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.tables import Tables
@@ -201,7 +200,7 @@ class Allocator:
         """Host clusters for *number* guest clusters from *first* on: the host offset of the first one."""
         if self.image.data_file is None:
             return await self.refcounts.allocate(number)
-        return (first + SHIFT) << self.image.cluster_bits
+        return (first << self.image.cluster_bits) + self.image.data_shift
 
     async def _give_back(self, host_offset: int, number: int) -> None:
         """The clusters have not been linked."""

@@ -38,7 +38,6 @@ from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compression import decompress
-from fusebd.drivers.qcow2.data import DataFile
 from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
@@ -118,7 +117,8 @@ class Qcow2(FormatDriver):
         header = await read_header(file, read_only=opening.node.read_only)
         data_file = await _open_data_file(opening, options, header, file)
         driver = await cls.load(opening.node, file, data_file, options)
-        driver.back_by(await _open_backing(opening, options, driver.header, file))
+        named, image_format = driver.header.backing_file, driver.header.backing_format
+        driver.back_by(await opening.backing(options.backing, named, image_format or None, file.node))
         return driver
 
     @classmethod
@@ -432,23 +432,19 @@ class Qcow2(FormatDriver):
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         kind, host_offset, length = await self._extent(offset, length)
-        in_cluster = offset & self._image.cluster_mask
+        place = host_offset + (offset & self._image.cluster_mask) - self._image.data_shift
         if kind == mapping.DATA:
             # A hole of the file may be in it, so that preallocated clusters are known to be zeroes.
             flags = Status.DATA | Status.OFFSET_VALID | Status.RECURSE
-            return BlockStatus(flags, length, self._place(host_offset + in_cluster), self._data.node)
+            return BlockStatus(flags, length, place, self._data.node)
         if kind == mapping.ZERO_ALLOCATED:
             flags = Status.ZERO | Status.OFFSET_VALID
-            return BlockStatus(flags, length, self._place(host_offset + in_cluster), self._data.node)
+            return BlockStatus(flags, length, place, self._data.node)
         if kind == mapping.ZERO_PLAIN:
             return BlockStatus(Status.ZERO, length)
         if kind == mapping.COMPRESSED:
             return BlockStatus(Status.DATA | Status.COMPRESSED, length)
         return BlockStatus(Status.NONE, length)
-
-    def _place(self, host_offset: int) -> int:
-        """Where the bytes are in the file that has the data."""
-        return host_offset - self._data.shift if isinstance(self._data, DataFile) else host_offset
 
     async def truncate(
         self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
@@ -550,24 +546,3 @@ async def _open_data_file(opening: Opening, options: Qcow2Options, header: Heade
     file.role &= ~Role.DATA
     opening.graph.refresh_perms([opening.node])
     return data_file
-
-
-async def _open_backing(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:
-    """The backing child: the one that the options give, else the one that the image names."""
-    given, failure = options.backing, "Could not open backing file"
-    if given is None:
-        return None
-    if given:
-        if given.reference == "":
-            return None
-        return await opening.child("backing", given, Role.COW, failure=failure)
-    if not header.backing_file:
-        return None
-    return await opening.child_by_filename(
-        "backing",
-        header.backing_file,
-        Role.COW,
-        driver=header.backing_format or None,
-        base=file.node,
-        failure=failure,
-    )

@@ -119,8 +119,11 @@ class Image:
         self.header = header
         #: where guest data is read and written, by the offsets that L2 entries have in memory
         self.data: Child | DataFile = file
+        #: by how much these are larger than those in the file that has the data
+        self.data_shift = 0
         if data_file is not None:
-            self.data = DataFile(data_file, SHIFT << header.cluster_bits)
+            self.data_shift = SHIFT << header.cluster_bits
+            self.data = DataFile(data_file, self.data_shift)
         self.data_file = data_file
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
@@ -208,7 +211,7 @@ class Image:
     @property
     def data_end(self) -> int:
         """The end of what is written of guest data, as an offset of L2 entries."""
-        return self.data.node.driver.length + (0 if self.data_file is None else SHIFT << self.cluster_bits)
+        return self.data.node.driver.length + self.data_shift
 
     @property
     def is_raw(self) -> bool:
