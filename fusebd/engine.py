@@ -18,6 +18,7 @@ import trio
 
 from fusebd.block.export import Exports
 from fusebd.block.graph import Graph
+from fusebd.block.jobs import Jobs
 from fusebd.errors import UsageError, single_error
 from fusebd.eventlog import EventLog
 from fusebd.qmp.server import QmpServer
@@ -42,7 +43,9 @@ class Engine:
         self.nursery = nursery
         self.serving = serving
         self.exports = Exports(graph, serving)
-        self.qmp = QmpServer(graph, quit=partial(self.stop, QUIT), services={Exports: self.exports})
+        self.jobs = Jobs(serving, graph.emit)
+        services = {Exports: self.exports, Jobs: self.jobs}
+        self.qmp = QmpServer(graph, quit=partial(self.stop, QUIT), services=services)
         self.reason = UNMOUNTED
         self.failure: str | None = None
         self._stopped = trio.Event()
@@ -73,6 +76,7 @@ class Engine:
         gc.freeze()
         await self._stopped.wait()
         log.info("ending (%s)", self.reason)
+        self.jobs.dismiss_all()
         await self.qmp.announce_shutdown(self.reason)
 
     async def _watch_signals(self, *, hangup: bool, task_status: trio.TaskStatus[None]) -> None:

@@ -41,6 +41,7 @@ from fusebd.block.straight import Bypass
 from fusebd.errors import NotSupported, OptionError
 
 if TYPE_CHECKING:
+    from fusebd.block.creation import Creator
     from fusebd.block.dirtybitmaps import BitmapStore
     from fusebd.block.opening import Opening
     from fusebd.block.snapshots import SnapshotStore
@@ -184,6 +185,11 @@ class Driver:
     def probe(cls, data: bytes, name: str) -> int:
         """How surely an image that begins with *data* and is called *name* is of this format: 0 not, 100 surely."""
         return 0
+
+    @classmethod
+    def creator(cls) -> Creator | None:
+        """What makes image files of this kind; None: nothing."""
+        return None
 
     def was_probed(self) -> None:
         """It was chosen by the look of the image's first bytes, not by a user."""

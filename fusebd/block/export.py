@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, TypeVar
@@ -20,17 +19,16 @@ from msgspec import UNSET, Meta, UnsetType
 
 from fusebd.block.eventloop import IoThread
 from fusebd.block.graph import Graph
+from fusebd.block.identifiers import is_well_formed
 from fusebd.block.options import Json, OptionStruct, convert, declared_options, parse_keyval, type_keyval
 from fusebd.block.perms import Perm
 from fusebd.block.qjson import loads
-from fusebd.block.root import Root
+from fusebd.block.root import UNNAMED, Root
 from fusebd.errors import FusebdError, GraphError, OptionError
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 #: how messages call an export, as the user of a node (QEMU: a BlockBackend without a name)
-UNNAMED = "an unnamed block device"
 
 
 class ExportOptions(OptionStruct, frozen=True, kw_only=True):
@@ -158,7 +156,7 @@ class Exports:
 
     async def add(self, options: ExportOptions) -> None:
         """Export a node; returns when clients are served.  Raises FusebdError, with nothing changed then."""
-        if not _ID.match(options.id):
+        if not is_well_formed(options.id):
             raise GraphError("Invalid block export id")
         if options.id in self._exports:
             raise GraphError(f"Block export id '{options.id}' is already in use")

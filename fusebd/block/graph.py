@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import random
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import count
@@ -23,20 +22,20 @@ from msgspec import UNSET
 from fusebd.block.child import Child
 from fusebd.block.driver import best_format, driver_class, parse_blockdev
 from fusebd.block.fileviews import FileViews
+from fusebd.block.identifiers import is_well_formed
 from fusebd.block.ledger import Ledger
 from fusebd.block.node import Inherited, Node
 from fusebd.block.objects import Objects
 from fusebd.block.opening import Opening, resolve_options
 from fusebd.block.options import BlockdevOptions, Json
 from fusebd.block.perms import Perm, Role, perm_names
-from fusebd.block.root import Root
+from fusebd.block.root import UNNAMED, Root
 from fusebd.errors import BlockIOError, FusebdError, GraphError, PermissionConflict, ReadOnlyError
 
 log = logging.getLogger(__name__)
 
 #: the longest node-name, in characters (QEMU: sizeof(BlockDriverState.node_name) - 1)
 NODE_NAME_LENGTH = 31
-_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 #: how much of a file is looked at to find its format, in bytes
 PROBE_LENGTH = 2048
 
@@ -180,7 +179,7 @@ class Graph:
             self._anonymous += 1
             return f"#block{self._anonymous}{random.randrange(100):02d}"
         name = str(options.node_name)
-        if not _NODE_NAME.match(name):
+        if not is_well_formed(name):
             raise GraphError(f"Invalid node-name: '{name}'")
         if name in self.nodes:
             raise GraphError(f"Duplicate nodes with node-name='{name}'")
@@ -461,7 +460,7 @@ class Graph:
             node = self.find(name)
             if size < 0:
                 raise GraphError("Parameter 'size' expects a >0 size")
-            root = self.attach_root(node, "an unnamed block device", Perm.RESIZE, report_errors=False)
+            root = self.attach_root(node, UNNAMED, Perm.RESIZE, report_errors=False)
             try:
                 async with self.drained(node):
                     root.end_drain()

@@ -8,10 +8,10 @@ Behaviour and texts: QEMU qom/object_interfaces.c, qom/object.c, util/id.c.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from fusebd.block.eventloop import IoThread, MainLoop
+from fusebd.block.identifiers import is_well_formed
 from fusebd.block.options import Json, convert, declared_options, parse_keyval, type_keyval
 from fusebd.block.qjson import loads
 from fusebd.block.secret import Secret
@@ -36,7 +36,6 @@ _FOREIGN_TYPES = frozenset(
         *("tls-creds-anon", "tls-creds-psk", "tls-creds-x509", "x-remote-object", "x-vfio-user-server"),
     }
 )
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 _TYPE = "qom-type"
 
 
@@ -55,7 +54,7 @@ class Objects:
         Suspends only where a secret is read from a file.  Raises FusebdError; there is no new object then.
         """
         options = parse_object(value)
-        if not _ID.match(options.id):
+        if not is_well_formed(options.id):
             hint = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
             raise OptionError("Parameter 'id' expects an identifier", hint=hint)
         if options.qom_type not in OBJECT_TYPES:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fusebd.block.driver import Preallocation
     from fusebd.block.node import Node
 
+#: the description of a user of whom nothing more is known
+UNNAMED = "an unnamed block device"
+
 
 class Root(Child):
     """An edge from outside the graph: a file that is open, an export, the monitor.

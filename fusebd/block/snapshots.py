@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from fusebd.block.options import Json
 from fusebd.block.perms import Perm
-from fusebd.block.root import Root
+from fusebd.block.root import UNNAMED, Root
 from fusebd.errors import CommandError, FusebdError, GraphError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ async def apply(graph: Graph, device: str, id: str | None, name: str | None) -> 
         store, found = _find(node, device, id, name)
         if node.dirty_bitmaps:
             raise CommandError("Device has active dirty bitmaps")
-        root = graph.attach_root(node, "an unnamed block device", Perm.WRITE | Perm.RESIZE, report_errors=False)
+        root = graph.attach_root(node, UNNAMED, Perm.WRITE | Perm.RESIZE, report_errors=False)
         try:
             async with graph.drained(node):
                 await store.apply(found)

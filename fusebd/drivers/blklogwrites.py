@@ -24,6 +24,7 @@ from fusebd.block.mutex import Mutex
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, OptionStruct, Uint32, Uint64
 from fusebd.block.perms import Perm, Role
+from fusebd.block.root import UNNAMED
 from fusebd.errors import BlockIOError, ImageError, NotSupported, OptionError, ReadOnlyError
 from fusebd.ondisk import logwrites as ondisk
 
@@ -123,7 +124,7 @@ class Blklogwrites(FilterDriver):
             raise ReadOnlyError("Block node is read-only")
         # It comes from the monitor and through no edge, so that nothing else would keep the node.
         graph = self.node.graph
-        root = graph.attach_root(self.node, "an unnamed block device", Perm.NONE, report_errors=False)
+        root = graph.attach_root(self.node, UNNAMED, Perm.NONE, report_errors=False)
         try:
             async with root.entered():
                 await self._append(0, 0, ondisk.MARK, text=data)

@@ -138,6 +138,26 @@ EXTENSION_HEADER_LENGTH = 8
 FEATURE_INCOMPATIBLE, FEATURE_COMPATIBLE, FEATURE_AUTOCLEAR = range(3)
 FEATURE_NAME = cs.Struct("type" / cs.Int8ub, "bit" / cs.Int8ub, "name" / cs.Bytes(46))
 FEATURE_NAME_LENGTH = 48
+#: the names of the features there are, as QEMU writes them: (type, bit, name)
+FEATURES = (
+    (FEATURE_INCOMPATIBLE, 0, "dirty bit"),
+    (FEATURE_INCOMPATIBLE, 1, "corrupt bit"),
+    (FEATURE_INCOMPATIBLE, 2, "external data file"),
+    (FEATURE_INCOMPATIBLE, 3, "compression type"),
+    (FEATURE_INCOMPATIBLE, 4, "extended L2 entries"),
+    (FEATURE_COMPATIBLE, 0, "lazy refcounts"),
+    (FEATURE_AUTOCLEAR, 0, "bitmaps"),
+    (FEATURE_AUTOCLEAR, 1, "raw external data"),
+)
+
+
+def build_feature_table() -> bytes:
+    """The content of the feature name table."""
+    return b"".join(
+        FEATURE_NAME.build({"type": kind, "bit": bit, "name": name.encode().ljust(46, b"\0")})
+        for kind, bit, name in FEATURES
+    )
+
 
 BITMAPS = cs.Struct(
     "nb_bitmaps" / cs.Int32ub,

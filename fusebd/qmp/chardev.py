@@ -7,7 +7,6 @@ Behaviour and messages: QEMU chardev/char.c, chardev/char-socket.c.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -17,11 +16,10 @@ from typing import Annotated, Any, ClassVar
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
+from fusebd.block.identifiers import is_well_formed
 from fusebd.block.options import OptionStruct, convert, declared_options, parse_keyval, type_keyval
 from fusebd.errors import OpenError, OptionError, UsageError
 from fusebd.qmp.server import StdioStream, unix_listener
-
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 
 #: talks to one client on a stream until that goes away, and closes the stream
 Conversation = Callable[[trio.abc.Stream], Awaitable[None]]
@@ -207,7 +205,7 @@ def make_chardev(text: str, *, daemonize: bool) -> Chardev:
     name = tree.get("id")
     if name is None:
         raise OptionError("chardev: no id specified")
-    if not isinstance(name, str) or not _ID.match(name):
+    if not isinstance(name, str) or not is_well_formed(name):
         raise OptionError("Parameter 'id' expects an identifier")
     backend = tree.get("backend")
     if backend is None:

@@ -693,8 +693,8 @@ async def test_what_is_new_can_be_preallocated(graph: Graph, tmp_path: Path, mod
     assert await read(root, 0, M) == b"\1" * (300 * K) + bytes(724 * K)
     status = await block_status(root.node, 512 * K, 512 * K)
     assert status.flags & Status.OFFSET_VALID
-    assert status.length == 512 * K
+    # behind a hole is the block that gives the file its length
+    assert status.length == 512 * K or (mode == "metadata" and status.length >= 448 * K)
     await graph.close()
     check_image(path)
-    if mode != "metadata":
-        assert path.stat().st_blocks * 512 >= M
+    assert (path.stat().st_blocks * 512 >= M) == (mode != "metadata")

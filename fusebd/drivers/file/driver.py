@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import trio
 from msgspec import UNSET, Meta, UnsetType
@@ -42,7 +42,11 @@ from fusebd.drivers.file import syscalls
 from fusebd.drivers.file.direct import DirectIO
 from fusebd.drivers.file.locks import ImageLocks
 from fusebd.drivers.file.reopening import NOT_WRITABLE, FileReopening, Handle
+from fusebd.drivers.file.resizing import resize_file
 from fusebd.errors import BlockIOError, FusebdError, NotSupported, OpenError
+
+if TYPE_CHECKING:
+    from fusebd.block.creation import Creator
 
 T = TypeVar("T")
 
@@ -124,6 +128,12 @@ class File(ProtocolDriver):
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, Json]:
         return {"filename": name.removeprefix("file:")}
+
+    @classmethod
+    def creator(cls) -> Creator | None:
+        from fusebd.drivers.file.creation import CREATOR  # most daemons never make a file
+
+        return CREATOR
 
     @classmethod
     def _check_kind(cls, fd: int, filename: str) -> None:
@@ -292,7 +302,8 @@ class File(ProtocolDriver):
             if not unmap:
                 syscalls.fallocate(self._fd, 0, offset, length)
             elif offset + length > os.fstat(self._fd).st_size:
-                os.ftruncate(self._fd, offset + length)
+                # not by ftruncate, which would cut off what another request has written behind it meanwhile
+                syscalls.fallocate(self._fd, 0, offset + length - 1, 1)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
                 raise NotSupported(node_name=self.node.name, operation="write zeroes") from None
@@ -327,33 +338,8 @@ class File(ProtocolDriver):
         self, length: int, *, exact: bool = False, prealloc: Preallocation = "off", zero: bool = False
     ) -> None:
         """Change the file's length; *prealloc* falloc or full takes disk space for what is new at once."""
-        if prealloc == "metadata":
-            raise self._refused("Unsupported preallocation mode: metadata", errno.ENOTSUP)
-        if prealloc != "off" and length < self.length:
-            raise self._refused("Cannot use preallocation for shrinking files", errno.ENOTSUP)
-        try:
-            await self._in_thread("resize", length, self._truncate, length, prealloc)
-        except BlockIOError as error:
-            failure = "Could not preallocate data" if prealloc == "falloc" else "Could not resize file"
-            raise self._refused(f"{failure}: {error.reason}", error.errno) from None
+        await self._in_thread("resize", length, resize_file, self._fd, length, prealloc, self.node.name)
         self.node.set_length(length)
-
-    def _truncate(self, length: int, prealloc: Preallocation) -> None:
-        before = os.fstat(self._fd).st_size
-        try:
-            if prealloc == "off" or length == before:
-                os.ftruncate(self._fd, length)
-            elif prealloc == "falloc":
-                os.posix_fallocate(self._fd, before, length - before)
-            else:
-                os.ftruncate(self._fd, length)
-                zeroes = bytes(1 << 20)
-                for at in range(before, length, len(zeroes)):
-                    os.pwrite(self._fd, zeroes[: length - at], at)
-                os.fsync(self._fd)
-        except OSError:
-            os.ftruncate(self._fd, before)
-            raise
 
     async def flush_to_disk(self) -> None:
         """fdatasync(2), in a worker thread."""
@@ -429,6 +415,10 @@ class HostDevice(File):
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, Json]:
         return {"filename": name.removeprefix("host_device:")}
+
+    @classmethod
+    def creator(cls) -> Creator | None:
+        return None
 
     @classmethod
     def _check_kind(cls, fd: int, filename: str) -> None:

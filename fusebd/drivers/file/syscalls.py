@@ -1,6 +1,6 @@
 """System calls on a descriptor that Python's os module does not have.
 
-fallocate(2), fcntl(2) with open file description locks, and the block device ioctls of linux/fs.h.
+fallocate(2), fcntl(2) with open file description locks, and the ioctls of linux/fs.h for block devices and new files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ _BLKZEROOUT = 0x127F
 _BLKROGET = 0x125E
 _BLKSSZGET = 0x1268
 _BLKGETSIZE64 = 0x80081272
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x0080_0000
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_XFLAG_EXTSIZE = 0x0800
+#: struct fsxattr: flags, extent size hint, number of extents, project, hint for copy on write, padding
+_FSXATTR = "IIIII8x"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -80,3 +88,15 @@ def device_discard(fd: int, offset: int, length: int) -> None:
 def device_write_zeroes(fd: int, offset: int, length: int) -> None:
     """BLKZEROOUT: have the device zero the range."""
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
+
+
+def set_nocow(fd: int) -> None:
+    """Have the filesystem write an empty file's data in place; raises OSError where it knows no other way."""
+    flags: int = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
+    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
+
+
+def set_extent_size_hint(fd: int, size: int) -> None:
+    """Have the filesystem allocate an empty file in pieces of *size* bytes; raises OSError where it cannot."""
+    flags, _, *rest = struct.unpack(_FSXATTR, fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, bytes(struct.calcsize(_FSXATTR))))
+    fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, struct.pack(_FSXATTR, flags | _FS_XFLAG_EXTSIZE, size, *rest))

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from fusebd.block.child import NO_FALLBACK, Buffers, slice_buffers
+from fusebd.block.child import MAY_UNMAP, NO_FALLBACK, Buffers, slice_buffers
 from fusebd.block.shield import shielded
 from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.image import Image, hexadecimal
@@ -29,6 +29,7 @@ from fusebd.ondisk import qcow2 as ondisk
 _MAX_BYTES = 1 << 30
 #: one read serves both ends of a copy on write if the data between them is no longer than this (QEMU)
 _MERGE_READS = 16384
+_SECTOR = bytes(512)
 
 
 class InFlight:
@@ -112,13 +113,24 @@ class Allocator:
 
         await self._in_pieces(guest_offset, size, write)
 
-    async def preallocate(self, guest_offset: int, length: int, flags: int) -> None:
-        """Give whole clusters that are not mapped yet host clusters, zeroed by zero writes with *flags*."""
+    async def preallocate(self, guest_offset: int, length: int, *, sparse: bool) -> None:
+        """Give whole clusters that are not mapped yet host clusters that read as zeroes.
+
+        *sparse*: the file may have holes there.
+        """
 
         async def zero(piece: Piece, _: int) -> None:
             # an external data file was made long enough before, and what is new in it is zero
-            if piece.in_flight is not None and self.image.data_file is None:
-                await self.image.file.pwrite_zeroes(piece.host_offset, piece.length, flags)
+            if piece.in_flight is None or self.image.data_file is not None:
+                return
+            file = self.image.file
+            inside = piece.length
+            if sparse:
+                inside = min(max(file.node.driver.length - piece.host_offset, 0), inside)
+            if inside:
+                await file.pwrite_zeroes(piece.host_offset, inside, MAY_UNMAP if sparse else 0)
+            if inside < piece.length:  # what is behind the end of the file reads as zeroes once it is inside
+                await file.pwritev(piece.host_offset + piece.length - len(_SECTOR), (memoryview(_SECTOR),))
 
         await self._in_pieces(guest_offset, length, zero)
 

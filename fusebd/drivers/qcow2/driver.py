@@ -10,7 +10,7 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakSet
 
 from msgspec import UNSET
@@ -61,6 +61,9 @@ from fusebd.drivers.qcow2.zeroing import Zeroer
 from fusebd.errors import CommandError, FusebdError, ImageError, OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
+if TYPE_CHECKING:
+    from fusebd.block.creation import Creator
+
 _NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO
 
 
@@ -108,6 +111,12 @@ class Qcow2(FormatDriver):
     @classmethod
     def probe(cls, data: bytes, name: str) -> int:
         return 100 if data[:4] == ondisk.MAGIC and len(data) >= 8 and int.from_bytes(data[4:8], "big") >= 2 else 0
+
+    @classmethod
+    def creator(cls) -> Creator | None:
+        from fusebd.drivers.qcow2.creation import CREATOR  # most daemons never make an image
+
+        return CREATOR
 
     @classmethod
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from fusebd.block.child import MAY_UNMAP, Buffers
+from fusebd.block.child import Buffers
 from fusebd.block.driver import Preallocation
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.header import l1_entries_for
@@ -98,7 +98,7 @@ class Resizer:
         # where a crash has interrupted shrinking, clusters are left behind the end
         await self._zeroer.forget(start, end - start)
         if prealloc != "off":
-            await self._allocator.preallocate(start, end - start, MAY_UNMAP if prealloc == "metadata" else 0)
+            await self._allocator.preallocate(start, end - start, sparse=prealloc == "metadata")
         elif zero:
             await self._zeroer.zeroize(start, end - start, 0)
 
