@@ -46,6 +46,7 @@ def _mount_parser() -> _Parser:
     add("--foreground", action="store_true", help="stay, and log to standard error; --qmp stdio is possible then")
     add("--transport", choices=get_args(TransportName), help="how requests come from the kernel (default: auto)")
     add("--read-only", action="store_true", help="mount read-only")
+    add("--snapshot", action="store_true", help="leave images as they are: what is written is kept until the end")
     add("--allow-other", action="store_true", help="let other users in, too")
     add("--cache", metavar="NODE=MODE", action="append", default=[], help=f"NODE's file: {', '.join(CACHE_MODES)}")
     add("--log-level", choices=get_args(LogLevel), help="what is logged (default: info)")
@@ -103,6 +104,7 @@ def _mounts(parsed: argparse.Namespace) -> list[MountSettings]:
         settings.foreground = parsed.foreground
         settings.transport = parsed.transport or settings.transport
         settings.read_only |= parsed.read_only
+        settings.snapshot |= parsed.snapshot
         settings.allow_other |= parsed.allow_other
         settings.caches |= dict(map(cache_choice, parsed.cache))
         settings.log_level = parsed.log_level or settings.log_level

@@ -27,6 +27,7 @@ class MountTable(OptionStruct, frozen=True):
     qmp: list[str] = []  # noqa: RUF012
     transport: TransportName = "auto"
     read_only: bool = False
+    snapshot: bool = False
     allow_other: bool = False
     cache: dict[str, str] = {}  # noqa: RUF012
     log_level: LogLevel = "info"
@@ -111,6 +112,7 @@ def _settings(tree: dict[str, Json], places: _Places, index: int, directory: str
         qmp=addresses,
         transport=table.transport,
         read_only=table.read_only,
+        snapshot=table.snapshot,
         allow_other=table.allow_other,
         caches=caches,
         log_level=table.log_level,

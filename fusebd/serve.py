@@ -10,6 +10,7 @@ from functools import partial
 import trio
 
 from fusebd import __version__
+from fusebd.block.graph import Graph
 from fusebd.block.options import Json
 from fusebd.engine import UNMOUNTED, Engine, run_engine
 from fusebd.errors import FusebdError
@@ -33,7 +34,7 @@ async def serve(settings: MountSettings, socket: str, ready: Ready) -> str | Non
 
     async def start(engine: Engine) -> None:
         await _add(settings.objects, engine.graph.objects.add)
-        await _add(settings.blockdevs, engine.graph.blockdev_add)
+        await _add(settings.blockdevs, _adding(engine.graph, settings))
         addresses = [await engine.nursery.start(engine.qmp.listen, f"unix:{socket}")]
         for address in settings.qmp:
             if address == "stdio":
@@ -65,6 +66,15 @@ async def _mount(
         task_status=task_status,
     )
     engine.stop(UNMOUNTED)
+
+
+def _adding(graph: Graph, settings: MountSettings) -> Callable[[Json], Awaitable[object]]:
+    """What adds a node."""
+    if not settings.snapshot:
+        return graph.blockdev_add
+    from fusebd.block.throwaway import add_throwaway  # few mounts are such
+
+    return partial(add_throwaway, graph)
 
 
 async def _add(additions: list[Addition], add: Callable[[Json], Awaitable[object]]) -> None:

@@ -71,6 +71,7 @@ class MountSettings:
     foreground: bool = False
     transport: TransportName = "auto"
     read_only: bool = False
+    snapshot: bool = False
     allow_other: bool = False
     caches: dict[str, CacheMode] = field(default_factory=dict)
     log_level: LogLevel = "info"

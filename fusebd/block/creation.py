@@ -36,7 +36,7 @@ class Creator:
     create: Callable[[Graph, Any], Awaitable[None]]
 
 
-def parse_creation(graph: Graph, value: dict[str, Json], prefix: str) -> Callable[[], Awaitable[None]]:
+def parse_creation(graph: Graph, value: dict[str, Json], prefix: str = "") -> Callable[[], Awaitable[None]]:
     """What makes the image that *value*, a BlockdevCreateOptions, describes.
 
     *prefix* is its place in the whole (``options.``), for messages.  Raises OptionError, CommandError.

@@ -46,6 +46,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     (settings,) = loaded(
         tmp_path,
         "[[mount]]\npoint = '/m'\nqmp = ['unix:/q', 'localhost:4444']\ntransport = 'devfuse'\nread-only = true\n"
+        "snapshot = true\n"
         "allow-other = true\nlog-level = 'debug'\nlog-file = '/log'\ncache = {a = 'page', b = 'writeback'}",
     )
     assert settings == MountSettings(
@@ -53,6 +54,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         qmp=["unix:/q", "localhost:4444"],
         transport="devfuse",
         read_only=True,
+        snapshot=True,
         allow_other=True,
         caches={"a": "page", "b": "writeback"},
         log_level="debug",
