@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import create, io, u32, u64
+from images import create, info, io, u32, u64
 from mounting import run
 from support import READ_WRITE, read, root_of, write
 
@@ -119,11 +119,12 @@ def sources(directory: Path) -> dict[str, Path]:
     kinds: dict[str, dict[str, Any]] = {
         "v3": {"cluster_size": 512},
         "v2": {"cluster_size": 512, "compat": "0.10"},
+        "subclusters": {"cluster_size": "16k", "extended_l2": "on"},
         "wide": {"cluster_size": 1024, "refcount_bits": 64, "lazy_refcounts": "on"},
     }
     for name, options in kinds.items():
         path = images[name] = create(directory / name, "256k", backing=base, **options)
-        io(path, "write -P 1 5k 30k", "write -c -P 2 64k 1k", "write -z 20k 4k")
+        io(path, "write -P 1 5k 30k", f"write -c -P 2 64k {info(path)['cluster-size']}", "write -z 20k 4k")
         run("qemu-img", "snapshot", "-c", "one", path)
         io(path, "write -P 3 10k 3k")
         if name == "v3":
@@ -136,7 +137,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return sources(tmp_path_factory.mktemp("small"))
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
 async def test_a_truncated_image_opens_or_is_refused(small: dict[str, Path], tmp_path: Path, name: str) -> None:
     data = small[name].read_bytes()
     lengths = {*range(0, 130, 3), *range(0, len(data), 509), *range(0, 16384, 256)}
@@ -177,7 +178,7 @@ def mutated(data: bytes, rng: random.Random, tables: list[int]) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
 async def test_a_mutated_image_opens_or_is_refused(
     small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -197,7 +198,7 @@ async def test_a_mutated_image_opens_or_is_refused(
     assert 100 < opened < 1000
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide"])
+@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
 async def test_snapshots_and_bitmaps_of_a_mutated_image_are_used_or_refused(
     small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -143,7 +143,6 @@ REFUSED: dict[str, tuple[Edits, str]] = {
 
 # What QEMU opens, or would with other options, and fusebd does not know.
 UNSUPPORTED: dict[str, tuple[Edits, str]] = {
-    "extended L2": ([(72, u64(16))], "Unsupported qcow2 feature(s): extended L2 entries"),
     "aes": ([(32, u32(1))], "Encrypted qcow2 images are not supported"),
     "luks": ([(32, u32(2))], "Encrypted qcow2 images are not supported"),
 }
@@ -151,6 +150,7 @@ UNSUPPORTED: dict[str, tuple[Edits, str]] = {
 # What QEMU 10.0.2 opens, and how long the disk is then.
 ACCEPTED: dict[str, tuple[Edits, int]] = {
     "zstd": ([(72, u64(8)), (104, b"\1")], 1 << 20),
+    "extended L2": ([(72, u64(16))], 1 << 20),
     "header of a whole cluster": ([(100, u32(65536))], 1 << 20),
     "backing name without length": ([(8, u64(1024)), (16, u32(0))], 1 << 20),
     "backing name in the header": ([(8, u64(8)), (16, u32(10))], 1 << 20),

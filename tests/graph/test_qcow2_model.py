@@ -74,11 +74,12 @@ class Geometry:
     backing: str = ""
     snapshot: bool = False
     compressed: bool = False
+    extended: bool = False
 
     @property
     def size(self) -> int:
         """Of the disk, in bytes; some L2 tables of the smallest clusters, and not a whole number of clusters."""
-        return {9: 140 << 10, 10: 300 << 10, 12: 600 << 10, 16: 1500 << 10}[self.cluster_bits] + 1536
+        return {9: 140 << 10, 10: 300 << 10, 12: 600 << 10, 14: 700 << 10, 16: 1500 << 10}[self.cluster_bits] + 1536
 
 
 GEOMETRIES = [
@@ -97,6 +98,10 @@ GEOMETRIES = [
     Geometry(16),
     Geometry(16, "0.10", backing="longer"),
     Geometry(16, backing="shorter", snapshot=True, compressed=True),
+    Geometry(14, extended=True),
+    Geometry(14, extended=True, backing="longer", refcount_bits=1),
+    Geometry(14, extended=True, backing="shorter", snapshot=True, compressed=True),
+    Geometry(16, extended=True, backing="longer", snapshot=True),
 ]
 
 
@@ -106,7 +111,9 @@ def template(directory: Path, geometry: Geometry) -> tuple[Path, bytes]:
     number = GEOMETRIES.index(geometry)
     path = directory / f"{number}.qcow2"
     size, cluster = geometry.size, 1 << geometry.cluster_bits
-    options = {"cluster_size": cluster, "compat": geometry.compat}
+    options: dict[str, Any] = {"cluster_size": cluster, "compat": geometry.compat}
+    if geometry.extended:
+        options["extended_l2"] = "on"
     if geometry.compat != "0.10":
         options["refcount_bits"] = geometry.refcount_bits
     backing = None

@@ -27,6 +27,8 @@ IMAGES: dict[str, dict[str, Any]] = {
     "snapshot": {"cluster_size": 1024, "snapshot": True},
     "backed": {"cluster_size": 4096, "backed": True},
     "compressed": {"cluster_size": 4096, "compressed": True},
+    "subclusters": {"cluster_size": "16k", "extended_l2": "on"},
+    "subclusters-backed": {"cluster_size": "16k", "extended_l2": "on", "backed": True},
     "default": {},
 }
 

@@ -31,6 +31,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "narrow-refcounts": {"cluster_size": 4096, "refcount_bits": 4},
     "backed": {"cluster_size": 4096, "backed": True},
     "compressed": {"cluster_size": 4096, "compressed": True},
+    "subclusters": {"cluster_size": "16k", "extended_l2": "on", "backed": True},
     "default": {},
 }
 

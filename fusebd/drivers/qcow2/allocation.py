@@ -18,10 +18,10 @@ import trio
 
 from fusebd.block.child import MAY_UNMAP, NO_FALLBACK, Buffers, slice_buffers
 from fusebd.block.shield import shielded
-from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.refcounts import Refcounts
-from fusebd.drivers.qcow2.tables import Tables
+from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.errors import BlockIOError, NotSupported
 from fusebd.ondisk import qcow2 as ondisk
 
@@ -56,16 +56,31 @@ class Piece:
     """A part of a write that goes to one place: *length* bytes from *guest_offset* on, to *host_offset*.
 
     ``in_flight`` is None if the clusters are mapped already; ``fresh`` says whether they are newly allocated
-    (then they are given back after a failure).  ``first_entry``, ``last_entry`` are the old entries at the ends.
+    (then they are given back after a failure), ``preallocated`` that none of their subclusters gets data.
+    ``first``, ``last`` are the old entries at the ends, with their bitmaps.  ``head`` and ``tail`` are the bytes
+    before and behind that have to be written with it.
     """
 
-    __slots__ = ("first_entry", "fresh", "guest_offset", "host_offset", "in_flight", "last_entry", "length")
+    __slots__ = (
+        "first",
+        "fresh",
+        "guest_offset",
+        "head",
+        "host_offset",
+        "in_flight",
+        "last",
+        "length",
+        "preallocated",
+        "tail",
+    )
 
     def __init__(self, guest_offset: int, host_offset: int, length: int, in_flight: InFlight | None) -> None:
         self.guest_offset, self.host_offset, self.length = guest_offset, host_offset, length
         self.in_flight = in_flight
         self.fresh = False
-        self.first_entry = self.last_entry = 0
+        self.first = self.last = 0, 0
+        self.head = self.tail = 0
+        self.preallocated = False
 
 
 class Allocator:
@@ -132,15 +147,26 @@ class Allocator:
             if inside < piece.length:  # what is behind the end of the file reads as zeroes once it is inside
                 await file.pwritev(piece.host_offset + piece.length - len(_SECTOR), (memoryview(_SECTOR),))
 
-        await self._in_pieces(guest_offset, length, zero)
+        await self._in_pieces(guest_offset, length, zero, preallocate=True)
 
-    async def _in_pieces(self, guest_offset: int, size: int, write: Callable[[Piece, int], Awaitable[None]]) -> None:
-        """Have *write* put the data of each piece, from byte *at* of the whole on, where it belongs, and link it."""
+    async def _in_pieces(
+        self,
+        guest_offset: int,
+        size: int,
+        write: Callable[[Piece, int], Awaitable[None]],
+        *,
+        preallocate: bool = False,
+    ) -> None:
+        """Have *write* put the data of each piece, from byte *at* of the whole on, where it belongs, and link it.
+
+        *preallocate*: subclusters stay what they are.
+        """
         image = self.image
         at = 0
         while at < size:
             async with image.lock:
                 piece = await self._prepare(guest_offset + at, size - at)
+                piece.preallocated = preallocate
                 epoch = image.epoch
                 epoch.count += 1
             try:
@@ -190,6 +216,10 @@ class Allocator:
         else:
             number = mapping.allocation_run(entries, at, limit)
         first_entry, last_entry = entry, entries[at + number - 1]
+        first_bitmap, last_bitmap = item.bitmap(at), item.bitmap(at + number - 1)
+        for old, bitmap, index in ((first_entry, first_bitmap, at), (last_entry, last_bitmap, at + number - 1)):
+            if not subclusters.is_valid(old, bitmap):
+                raise await image.corrupt(item.invalid_entry(index))
         if not keep:
             host_offset = await self._take(first, number)
         in_cluster = guest_offset & image.cluster_mask
@@ -201,12 +231,46 @@ class Allocator:
             if not keep and image.usable:
                 await self._give_back(host_offset, number)
             raise
+        if (
+            kind == mapping.SEVERAL
+            and keep
+            and not subclusters.bits(
+                in_cluster >> image.granule_bits, ((in_cluster + length - 1) >> image.granule_bits) + 1
+            )
+            & ~first_bitmap
+        ):
+            return piece  # all that it touches is allocated
         if not keep or kind != mapping.DATA:
             piece.fresh = not keep
-            piece.first_entry, piece.last_entry = first_entry, last_entry
+            piece.first, piece.last = (first_entry, first_bitmap), (last_entry, last_bitmap)
+            piece.head, piece.tail = self._head(piece), self._tail(piece)
             piece.in_flight = InFlight(first, first + number)
             self._in_flight.append(piece.in_flight)
         return piece
+
+    def _head(self, piece: Piece) -> int:
+        """How many bytes before *piece*, in its first cluster, its host cluster does not have yet but is to have."""
+        image = self.image
+        entry, bitmap = piece.first
+        in_cluster = piece.guest_offset & image.cluster_mask
+        if self.tables.words == 1:
+            return in_cluster
+        number = in_cluster >> image.granule_bits
+        if piece.fresh:
+            return in_cluster - (subclusters.copied_from(entry, bitmap, number) << image.granule_bits)
+        return 0 if bitmap >> number & 1 else in_cluster & image.granule_mask
+
+    def _tail(self, piece: Piece) -> int:
+        """The same behind *piece*, in its last cluster."""
+        image = self.image
+        entry, bitmap = piece.last
+        last = (piece.guest_offset + piece.length - 1) & image.cluster_mask
+        if self.tables.words == 1:
+            return image.cluster_mask - last
+        number = last >> image.granule_bits
+        if piece.fresh:
+            return (subclusters.copied_until(entry, bitmap, number) << image.granule_bits) - last - 1
+        return 0 if bitmap >> number & 1 else image.granule_mask - (last & image.granule_mask)
 
     async def _take(self, first: int, number: int) -> int:
         """Host clusters for *number* guest clusters from *first* on: the host offset of the first one."""
@@ -229,23 +293,19 @@ class Allocator:
 
     async def _write(self, piece: Piece, bufs: Buffers) -> None:
         image = self.image
-        if piece.in_flight is not None:
-            mask = image.cluster_mask
-            head = piece.guest_offset & mask
-            tail = -(piece.guest_offset + piece.length) & mask
-            if head or tail:
-                await self._write_with_surroundings(piece, bufs, head, tail)
-                return
+        if piece.in_flight is not None and (piece.head or piece.tail):
+            await self._write_with_surroundings(piece, bufs, piece.head, piece.tail)
+            return
         await image.announce("write_aio")
         await image.data.pwritev(piece.host_offset, bufs)
 
     async def _write_with_surroundings(self, piece: Piece, bufs: Buffers, head: int, tail: int) -> None:
-        """Write *bufs* and the *head* and *tail* bytes that fill up the first and the last cluster."""
+        """Write *bufs* and the *head* and *tail* bytes around them."""
         image, file = self.image, self.image.data
         start, end = piece.guest_offset, piece.guest_offset + piece.length
         host_start = piece.host_offset - head
-        zero_head = not head or self._is_zero(piece.first_entry, start - head, head)
-        zero_tail = not tail or self._is_zero(piece.last_entry, end, tail)
+        zero_head = not head or self._is_zero(piece.first, start - head, head)
+        zero_tail = not tail or self._is_zero(piece.last, end, tail)
         if zero_head and zero_tail and await self._zero_space(piece, host_start, head + piece.length + tail):
             await image.announce("write_aio")
             await file.pwritev(piece.host_offset, bufs)
@@ -267,11 +327,20 @@ class Allocator:
         await image.announce("cow_write")
         await file.pwritev(host_start, [part for part in (before, *bufs, after) if len(part)])
 
-    def _is_zero(self, entry: int, guest_offset: int, length: int) -> bool:
-        """Whether the bytes, in the cluster of the old *entry*, are known to read as zeroes."""
+    def _is_zero(self, cluster: tuple[int, int], guest_offset: int, length: int) -> bool:
+        """Whether the bytes, in the *cluster* of an old entry and bitmap, are known to read as zeroes."""
+        entry, bitmap = cluster
         kind = mapping.kind_of(entry)
         if kind == mapping.UNALLOCATED:
             return self._reads_zero(guest_offset, length)
+        if kind == mapping.SEVERAL:
+            image = self.image
+            first = (guest_offset & image.cluster_mask) >> image.granule_bits
+            end = (((guest_offset & image.cluster_mask) + length - 1) >> image.granule_bits) + 1
+            if subclusters.bits(first, end) & bitmap:
+                return False
+            zero = not subclusters.bits(first, end) & ~(bitmap >> subclusters.NUMBER)
+            return zero or self._reads_zero(guest_offset, length)
         return kind in (mapping.ZERO_PLAIN, mapping.ZERO_ALLOCATED)
 
     async def _zero_space(self, piece: Piece, host_offset: int, length: int) -> bool:
@@ -301,7 +370,7 @@ class Allocator:
                     item = await self.tables.find_writable(piece.guest_offset)
                     item.dirty = True
                     self.refcounts.needs_flush = True
-                    freed = self._enter(item.entries, piece, in_flight)
+                    freed = self._enter(item, piece, in_flight)
                     linked = True
                     if freed:
                         await image.announce("cluster_free")
@@ -312,20 +381,33 @@ class Allocator:
         finally:
             in_flight.finish()
 
-    def _enter(self, entries: array[int], piece: Piece, in_flight: InFlight) -> bool:
+    def _enter(self, item: Slice, piece: Piece, in_flight: InFlight) -> bool:
         """Whether clusters were freed."""
-        image = self.image
+        image, entries = self.image, item.entries
         freed = False
         entry = piece.host_offset & ~image.cluster_mask | ondisk.COPIED
         at = in_flight.first & self.tables.entry_mask
         for index in range(at, at + in_flight.end - in_flight.first):
             old = entries[index]
-            entries[index] = entry
-            if piece.fresh and old & ~ondisk.ZERO:
+            if self.tables.words == 1:
+                entries[index] = entry
+            else:
+                item.put_mixed(index, entry, self._new_bitmap(item.bitmap(index), piece, in_flight.first + index - at))
+            if piece.fresh and old & (ondisk.OFFSET_MASK | ondisk.COMPRESSED):
                 self.free_entry(old)
                 freed = True
             entry += image.cluster_size
         return freed
+
+    def _new_bitmap(self, old: int, piece: Piece, cluster: int) -> int:
+        """The bitmap, *old* before, of the guest *cluster* of *piece*."""
+        image = self.image
+        if piece.preallocated:
+            return old
+        begin = cluster << image.cluster_bits
+        start = max(piece.guest_offset - piece.head - begin, 0) >> image.granule_bits
+        end = min(piece.guest_offset + piece.length + piece.tail - begin, image.cluster_size)
+        return subclusters.written(old, start, end >> image.granule_bits)
 
     async def _undo(self, piece: Piece) -> None:
         """The data of *piece* could not be written: give its clusters back and let others try."""
@@ -349,8 +431,7 @@ class Allocator:
         kind = mapping.kind_of(entry)
         if kind == mapping.COMPRESSED:
             self.refcounts.free(*ondisk.parse_compressed(entry, image.cluster_bits), discard=discard)
-        elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
-            host_offset = entry & ondisk.OFFSET_MASK
+        elif host_offset := entry & ondisk.OFFSET_MASK:
             if host_offset & image.cluster_mask:
                 image.note_corruption(f"Cannot free unaligned cluster {hexadecimal(host_offset)}")
             else:

@@ -34,7 +34,7 @@ from fusebd.block.opening import Opening
 from fusebd.block.options import Json
 from fusebd.block.perms import Role
 from fusebd.block.snapshots import SnapshotStore
-from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compression import decompress
@@ -64,7 +64,7 @@ from fusebd.ondisk import qcow2 as ondisk
 if TYPE_CHECKING:
     from fusebd.block.creation import Creator
 
-_NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO
+_NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO | mapping.MIXED
 
 
 @register("qcow2", Qcow2Options)
@@ -104,7 +104,8 @@ class Qcow2(FormatDriver):
         self._bitmaps = Qcow2Bitmaps(image, refcounts)
         self._views: WeakSet[Qcow2] = WeakSet()  #: of snapshots, that ``showing`` has made
         self.length = image.header.size
-        self.limits.pwrite_zeroes_alignment = self.limits.pdiscard_alignment = image.cluster_size
+        self.limits.pwrite_zeroes_alignment = image.granule_size
+        self.limits.pdiscard_alignment = image.cluster_size
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -139,10 +140,10 @@ class Qcow2(FormatDriver):
         Suspends where *file* does.  Raises OptionError, ImageError, BlockIOError.
         """
         header = await read_header(file, read_only=node.read_only)
-        if header.extended_l2:
-            raise ImageError("Unsupported qcow2 feature(s): extended L2 entries")
         check_options(options, version=header.version)
-        sizes = cache_sizes(options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
+        sizes = cache_sizes(
+            options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=header.l2_entry_bytes
+        )
         if header.has_data_file != (data_file is not None):
             raise ImageError("The image has come to have an external data file, or to have none")
         image = Image(node, file, header, overlap_mask(options.overlap_check), data_file)
@@ -313,7 +314,28 @@ class Qcow2(FormatDriver):
                 f"Cluster allocation offset {host_offset:#x} unaligned (L2 offset: {item.host_offset:#x},"
                 f" L2 index: {hexadecimal(at)})"
             )
+        if kind == mapping.SEVERAL:
+            return await self._extent_in_cluster(item, at, in_cluster, size)
         return kind, host_offset, min(size, (number << bits) - in_cluster)
+
+    async def _extent_in_cluster(self, item: Slice, index: int, in_cluster: int, size: int) -> tuple[int, int, int]:
+        """``_extent`` in the mixed cluster that entry *index* of the slice maps, from byte *in_cluster* of it on."""
+        image = self._image
+        entry, bitmap = item.entries[index], item.bitmap(index)
+        host_offset = entry & ondisk.OFFSET_MASK
+        if not subclusters.is_valid(entry, bitmap):
+            raise await image.corrupt(item.invalid_entry(index))
+        if host_offset & image.cluster_mask:
+            raise await image.corrupt(
+                f"Cluster allocation offset {host_offset:#x} unaligned (L2 offset: {item.host_offset:#x},"
+                f" L2 index: {hexadecimal(index)})"
+            )
+        bits = image.granule_bits
+        first = in_cluster >> bits
+        end = min(((in_cluster + size - 1) >> bits) + 1, subclusters.NUMBER)
+        number = subclusters.run(entry, bitmap, first, end)
+        kind = subclusters.kind_at(entry, bitmap, first)
+        return kind, host_offset, min(size, (first + number << bits) - in_cluster)
 
     async def _read_compressed(self, entry: int, in_cluster: int, bufs: Buffers) -> None:
         """Fill *bufs* from byte *in_cluster* on of the cluster that the L2 *entry* describes."""
@@ -378,8 +400,8 @@ class Qcow2(FormatDriver):
         if image.is_raw:
             assert image.data_file is not None
             await image.data_file.pwrite_zeroes(offset, length, flags)
-        head = offset & image.cluster_mask
-        tail = -(offset + length) & image.cluster_mask
+        head = offset & image.granule_mask
+        tail = -(offset + length) & image.granule_mask
         if head or tail:
             end = min(offset + length + tail, self.length)
             if not await self._reads_zero(offset - head, head) or not await self._reads_zero(
@@ -503,7 +525,7 @@ class Qcow2(FormatDriver):
                 "compat": "1.1",
                 "lazy-refcounts": bool(header.compatible_features & ondisk.COMPAT_LAZY_REFCOUNTS),
                 "corrupt": bool(header.incompatible_features & ondisk.INCOMPAT_CORRUPT),
-                "extended-l2": False,
+                "extended-l2": header.extended_l2,
             }
         if header.data_file:
             data["data-file"] = header.data_file

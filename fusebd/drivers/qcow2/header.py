@@ -66,6 +66,11 @@ class Header:
         """Whether clusters have subclusters."""
         return bool(self.incompatible_features & ondisk.INCOMPAT_EXTENDED_L2)
 
+    @property
+    def l2_entry_bytes(self) -> int:
+        """Of one entry of an L2 table."""
+        return 16 if self.extended_l2 else 8
+
 
 def check_table(offset: int, entries: int, entry_bytes: int, max_bytes: int, cluster_size: int, name: str) -> None:
     """Raise ImageError unless a table called *name* of so many entries at *offset* can be."""

@@ -128,6 +128,10 @@ class Image:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = header.cluster_size - 1
+        #: what is mapped by itself: a subcluster, or else a cluster
+        self.granule_size = header.cluster_size // (ondisk.SUBCLUSTERS if header.extended_l2 else 1)
+        self.granule_bits = self.granule_size.bit_length() - 1
+        self.granule_mask = self.granule_size - 1
         self.lock = Mutex()
         self.epoch = Epoch()
         self.metadata = MetadataMap(overlap_mask, header.cluster_bits)

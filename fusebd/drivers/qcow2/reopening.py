@@ -46,7 +46,9 @@ class Qcow2Reopening(Reopening):
     def prepare(self) -> None:
         header = self.driver.header
         check_options(self.options, version=header.version)
-        cache_sizes(self.options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=8)
+        cache_sizes(
+            self.options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=header.l2_entry_bytes
+        )
         node = self.node
         file = self.children.get("file")
         changes_file = file is not None and file.content_node is not node.children["file"].node.content_node

@@ -14,7 +14,6 @@ from itertools import groupby
 
 import trio
 
-from fusebd.drivers.qcow2 import mapping
 from fusebd.drivers.qcow2.bitmapdirectory import used_areas
 from fusebd.drivers.qcow2.header import check_table
 from fusebd.drivers.qcow2.image import Image
@@ -133,13 +132,12 @@ async def _count_data(image: Image, tables: Tables, snapshots: list[Snapshot], c
         count.add_table(offset, number)
         if image.data_file is not None:
             continue
-        for entry in _words(await image.read(offset, image.cluster_size)):
+        for entry in _words(await image.read(offset, image.cluster_size))[:: tables.words]:
             if not entry:
                 continue
-            kind = mapping.kind_of(entry)
-            if kind == mapping.COMPRESSED:
+            if entry & ondisk.COMPRESSED:
                 count.add(*ondisk.parse_compressed(entry, image.cluster_bits), number)
-            elif kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
+            elif entry & ondisk.OFFSET_MASK:
                 count.add_cluster(entry & ondisk.OFFSET_MASK, number)
         await trio.lowlevel.checkpoint()
 
@@ -185,7 +183,7 @@ async def _fix_copied(image: Image, tables: Tables, count: _Counter) -> None:
         if image.data_file is not None:
             continue
         entries = _words(await image.read(offset, image.cluster_size))
-        if _fix_entries(entries, count, bits):
+        if _fix_entries(entries, count, bits, tables.words):
             entries.byteswap()
             await image.write(offset, entries.tobytes())
         await trio.lowlevel.checkpoint()
@@ -195,10 +193,12 @@ async def _fix_copied(image: Image, tables: Tables, count: _Counter) -> None:
         await image.write(tables.l1_offset, swapped.tobytes())
 
 
-def _fix_entries(entries: array[int], count: _Counter, cluster_bits: int) -> bool:
+def _fix_entries(entries: array[int], count: _Counter, cluster_bits: int, words: int) -> bool:
+    """Whether anything has changed; *words* is how many an entry has."""
     changed = False
-    for index, entry in enumerate(entries):
-        if mapping.kind_of(entry) not in (mapping.DATA, mapping.ZERO_ALLOCATED):
+    for index in range(0, len(entries), words):
+        entry = entries[index]
+        if entry & ondisk.COMPRESSED or not entry & ondisk.OFFSET_MASK:
             continue
         wanted = entry & ~ondisk.COPIED
         if count.of((entry & ondisk.OFFSET_MASK) >> cluster_bits) == 1:

@@ -10,7 +10,9 @@ Order of writes, events, messages: QEMU block/qcow2-cache.c, l2_allocate and get
 from __future__ import annotations
 
 from array import array
+from typing import TypeAlias
 
+from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.data import MisplacedCluster, shift_in, shift_out
 from fusebd.drivers.qcow2.image import Image, hexadecimal
 from fusebd.drivers.qcow2.options import OL_ACTIVE_L1, OL_ACTIVE_L2
@@ -18,16 +20,42 @@ from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.errors import BlockIOError
 from fusebd.ondisk import qcow2 as ondisk
 
+#: L2 entries in host byte order, and the bitmaps of those that have the flag MIXED, by index
+Entries: TypeAlias = "tuple[array[int], dict[int, int]]"
+
 
 class Slice:
-    """A cached part of an L2 table, *number* counting from guest offset 0 on; ``entries`` are in host byte order."""
+    """A cached part of an L2 table, *number* counting from guest offset 0 on.
 
-    __slots__ = ("dirty", "entries", "host_offset", "number", "used")
+    Each entry is one word; where clusters have subclusters, some of them have a bitmap beside it.
+    """
 
-    def __init__(self, number: int, host_offset: int, entries: array[int]) -> None:
-        self.number, self.host_offset, self.entries = number, host_offset, entries
+    __slots__ = ("bitmaps", "dirty", "entries", "host_offset", "number", "used")
+
+    def __init__(self, number: int, host_offset: int, entries: Entries) -> None:
+        self.number, self.host_offset = number, host_offset
+        self.entries, self.bitmaps = entries
         self.dirty = False
         self.used = True
+
+    def bitmap(self, index: int) -> int:
+        """The bitmap of the cluster with entry *index*."""
+        return subclusters.bitmap_of(self.entries[index], self.bitmaps, index)
+
+    def invalid_entry(self, index: int) -> str:
+        """What is said of entry *index*, which cannot be."""
+        return f"Invalid cluster entry found  (L2 offset: {self.host_offset:#x}, L2 index: {hexadecimal(index)})"
+
+    def put(self, index: int, entry: int) -> None:
+        """Make *entry*, which is not mixed, entry *index*."""
+        self.entries[index] = entry
+        self.bitmaps.pop(index, None)
+
+    def put_mixed(self, index: int, entry: int, bitmap: int) -> None:
+        """Make *entry*, with *bitmap*, entry *index*."""
+        self.put(index, subclusters.with_bitmap(entry, bitmap))
+        if mapping.is_mixed(self.entries[index]):
+            self.bitmaps[index] = bitmap
 
 
 def _unaligned(table_offset: int, l1_index: int) -> str:
@@ -45,6 +73,7 @@ class Tables:
         self.words = 2 if image.header.extended_l2 else 1  #: 64-bit words of an L2 entry
         self.slice_entries = slice_bytes // (8 * self.words)
         self.entry_mask = self.slice_entries - 1
+        self._mixed = int.from_bytes(mapping.MIXED.to_bytes(8, "big") * self.slice_entries, "big")
         self.slice_shift = image.cluster_bits + self.slice_entries.bit_length() - 1
         self.slices_per_table = image.cluster_size // slice_bytes
         self.l1_shift = self.slice_shift + self.slices_per_table.bit_length() - 1
@@ -101,24 +130,42 @@ class Tables:
         self.slices[number] = found
         return found
 
-    async def _read_entries(self, number: int, host_offset: int) -> array[int]:
+    async def _read_entries(self, number: int, host_offset: int) -> Entries:
         """The entries of slice *number*, which is at *host_offset*."""
         image = self.image
-        entries = array("Q", bytes(await image.read(host_offset, self.slice_bytes)))
+        data = bytes(await image.read(host_offset, self.slice_bytes))
+        entries = array("Q", data)
         entries.byteswap()
+        bitmaps: array[int] | None = None
+        if self.words == 2:
+            entries, bitmaps = subclusters.first_words(entries[::2]), entries[1::2]
+        elif int.from_bytes(data, "big") & self._mixed:  # a bit that means nothing in the file
+            entries = array("Q", (entry & ~mapping.MIXED if mapping.is_mixed(entry) else entry for entry in entries))
         if image.data_file is not None:
             try:
                 shift_in(entries, number << self.slice_shift, image.cluster_bits)
             except MisplacedCluster as error:
                 where = f"(L2 offset: {host_offset:#x}, L2 index: {hexadecimal(error.index)})"
                 raise await image.corrupt(f"{error.text} {where}") from None
-        return entries
+        mixed: dict[int, int] = {}
+        for index, bitmap in enumerate(bitmaps or ()):
+            entry = entries[index] = subclusters.with_bitmap(entries[index], bitmap)
+            if mapping.is_mixed(entry):
+                mixed[index] = bitmap
+        return entries, mixed
 
-    def _stored(self, entries: array[int]) -> bytes:
-        """*entries* as they are in the file."""
+    def _stored(self, given: Entries) -> bytes:
+        """The entries as they are in the file."""
+        entries, mixed = given
         stored = array("Q", entries)
+        bitmaps: array[int] | None = None
+        if self.words == 2:
+            bitmaps = array("Q", (subclusters.bitmap_of(entry, mixed, at) for at, entry in enumerate(entries)))
+            stored = subclusters.first_words(entries)
         if self.image.data_file is not None:
             shift_out(stored, self.image.cluster_bits)
+        if bitmaps is not None:
+            stored = subclusters.interleaved(stored, bitmaps)
         stored.byteswap()
         return stored.tobytes()
 
@@ -160,7 +207,7 @@ class Tables:
         image = self.image
         await image.check_overlap(item.host_offset, self.slice_bytes, OL_ACTIVE_L2)
         await image.announce("l2_update")
-        await image.write(item.host_offset, self._stored(item.entries))
+        await image.write(item.host_offset, self._stored((item.entries, item.bitmaps)))
         item.dirty = False
 
     async def write_back(self) -> None:
@@ -246,14 +293,14 @@ class Tables:
             refcounts.free(old_offset, image.cluster_size)
             await image.announce("cluster_free")
 
-    async def _copied_entries(self, number: int, old_offset: int) -> array[int]:
+    async def _copied_entries(self, number: int, old_offset: int) -> Entries:
         """The entries of slice *number*, read at the host offset *old_offset* if they are not cached; zeroes if 0."""
         if not old_offset:
-            return array("Q", bytes(self.slice_bytes))
+            return array("Q", bytes(8 * self.slice_entries)), {}
         await self.image.announce("l2_alloc_cow_read")
         cached = self.slices.get(number)
         if cached is not None:
-            return cached.entries
+            return cached.entries, cached.bitmaps
         await self.image.announce("l2_load")
         return await self._read_entries(number, old_offset)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from msgspec import UNSET
 
 from fusebd.block.child import MAY_UNMAP
-from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.image import Image
 from fusebd.drivers.qcow2.options import Qcow2Options
@@ -21,7 +21,7 @@ from fusebd.ondisk import qcow2 as ondisk
 
 
 class Zeroer:
-    """Offsets and lengths are of whole clusters."""
+    """Offsets and lengths are of whole clusters; those of zero writes may be of whole subclusters."""
 
     def __init__(
         self, image: Image, tables: Tables, refcounts: Refcounts, allocator: Allocator, options: Qcow2Options
@@ -51,15 +51,46 @@ class Zeroer:
 
         def zeroed(old: int) -> int:
             kind = mapping.kind_of(old)
-            if without_data and kind in (mapping.DATA, mapping.COMPRESSED):
+            if without_data and kind in (mapping.DATA, mapping.COMPRESSED, mapping.SEVERAL):
                 raise self.refuse("write zeroes")
-            allocated = kind in (mapping.DATA, mapping.ZERO_ALLOCATED)
-            if kind == mapping.COMPRESSED or (flags & MAY_UNMAP and allocated):
+            old &= ~mapping.MIXED
+            if kind == mapping.COMPRESSED or (flags & MAY_UNMAP and old & ondisk.OFFSET_MASK):
                 keep = self._keep_reference and kind != mapping.COMPRESSED
                 return (old if keep else 0) | ondisk.ZERO
             return old | ondisk.ZERO
 
-        await self._change(offset, length, zeroed)
+        mask = self._image.cluster_mask
+        end = offset + length
+        start, stop = (offset + mask) & ~mask, end & ~mask
+        if start > stop:  # within one cluster
+            start = stop = end
+        await self._zero_part(offset, start, without_data=without_data)
+        await self._change(start, stop - start, zeroed)
+        await self._zero_part(stop, end, without_data=without_data)
+
+    async def _zero_part(self, start: int, end: int, *, without_data: bool) -> None:
+        """Make the bytes *start* up to *end*, some but not all subclusters of a cluster, read as zeroes."""
+        if start == end:
+            return
+        image, tables = self._image, self._tables
+        cluster = start >> image.cluster_bits
+        index = cluster & tables.entry_mask
+        first = (start & image.cluster_mask) >> image.granule_bits
+        stop = first + (end - start >> image.granule_bits)
+        async with image.lock:
+            await self._allocator.wait_free(cluster, cluster + 1)
+            item = await tables.find(start)
+            bitmap = 0 if item is None else item.bitmap(index)
+            if item is not None and not subclusters.is_valid(item.entries[index], bitmap):
+                raise await image.corrupt(item.invalid_entry(index))
+            has_data = bitmap & subclusters.bits(first, stop)
+            if (item is not None and item.entries[index] & ondisk.COMPRESSED) or (without_data and has_data):
+                raise self.refuse("write zeroes")
+            new = subclusters.zeroed(bitmap, first, stop)
+            if new != bitmap:
+                item = await tables.find_writable(start)
+                item.put_mixed(index, item.entries[index], new)
+                item.dirty = True
 
     async def discard(self, offset: int, length: int, *, has_backing: bool) -> None:
         """Free the host clusters; zeroes are read then.  NotSupported where the backing file would show instead."""
@@ -73,6 +104,9 @@ class Zeroer:
                 return zero if has_backing else old
             if kind == mapping.ZERO_PLAIN:
                 return old
+            old &= ~mapping.MIXED
+            if kind == mapping.SEVERAL and not old & ondisk.OFFSET_MASK and not has_backing:
+                return old | mapping.MIXED
             if self._keep_reference and kind != mapping.COMPRESSED:
                 return old | zero
             return zero
@@ -120,7 +154,7 @@ class Zeroer:
             if new == old:
                 continue
             item.dirty = True
-            entries[index] = new
+            item.put(index, new)
             if not new & ondisk.OFFSET_MASK and old & ondisk.OFFSET_MASK:
                 self._allocator.free_entry(old, discard=self._pass_on)
                 freed = True
