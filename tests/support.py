@@ -203,8 +203,8 @@ class RecorderOptions(BlockdevOptions, frozen=True, kw_only=True):
 class Recorder(FilterDriver):
     """Stands where blkdebug would: ``events`` has what the node above announced.
 
-    The first request after event number *fail_at*, counting from 0, fails with EIO.  ``journal`` has what was written:
-    (offset, bytes), and None for a flush.
+    The first request after event number *fail_at*, counting from 0, fails with EIO; ``failing``: the next one does.
+    ``journal`` has what was written: (offset, bytes), and None for a flush.
     """
 
     def __init__(self, node: Node, file: Child) -> None:
@@ -212,7 +212,7 @@ class Recorder(FilterDriver):
         self.events: list[str] = []
         self.fail_at = -1
         self.journal: list[tuple[int, bytes] | None] = []
-        self._failing = False
+        self.failing = False
         self.listens = frozenset(EVENTS)
 
     @classmethod
@@ -221,12 +221,12 @@ class Recorder(FilterDriver):
 
     def announced(self, event: str) -> None:
         if len(self.events) == self.fail_at:
-            self._failing = True
+            self.failing = True
         self.events.append(event)
 
     def _check(self, operation: str) -> None:
-        if self._failing:
-            self._failing = False
+        if self.failing:
+            self.failing = False
             raise BlockIOError(node_name=self.node.name, operation=operation)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:

@@ -339,6 +339,8 @@ class Child:
             return
         if not flags & COMPRESSED:
             await self.announce("pwritev")
+        elif not driver.can_compress:
+            raise NotSupported(node_name=node.name, operation="write")
         piece = self._max_transfer & ~self._mask
         passed = flags & ~MAY_UNMAP if driver.supports_fua else flags & COMPRESSED
         try:

@@ -136,6 +136,8 @@ class Driver:
     options_class: ClassVar[type[BlockdevOptions]]
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
+    #: whether writes may have the flag COMPRESSED
+    can_compress: ClassVar[bool] = False
     #: options, by their QAPI names, that decide what the node contains: they are part of a ``json:`` name
     strong_options: ClassVar[frozenset[str]] = frozenset()
     #: file-name prefix that names this driver (``blkdebug:``), None if it has none

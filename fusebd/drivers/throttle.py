@@ -57,6 +57,7 @@ class Throttle(FilterDriver):
     strong_options = frozenset({"throttle-group"})
     changeable: ClassVar[frozenset[str] | None] = frozenset({"throttle-group"})
     reopening = ThrottleReopening
+    can_compress = True
 
     def __init__(self, node: Node, file: Child, member: Member) -> None:
         super().__init__(node, file)

@@ -220,7 +220,7 @@ REFCOUNT_TABLE_ENTRY = cs.BitStruct("offset" / cs.BitsInteger(55), "reserved" / 
 
 def l2_compressed_entry(cluster_bits: int) -> Any:
     """The declaration of a compressed cluster's L2 entry in images with clusters of 2**cluster_bits bytes."""
-    offset_bits = 62 - (cluster_bits - 8)
+    offset_bits = compressed_offset_bits(cluster_bits)
     return cs.BitStruct(
         "copied" / cs.Flag,
         "compressed" / cs.Flag,
@@ -244,9 +244,14 @@ ALL_ZERO = 0xFFFF_FFFF_0000_0000
 COMPRESSED_SECTOR = 512
 
 
+def compressed_offset_bits(cluster_bits: int) -> int:
+    """How many bits a compressed cluster's L2 entry has for the host offset, in bytes."""
+    return 62 - (cluster_bits - 8)
+
+
 def parse_compressed(entry: int, cluster_bits: int) -> tuple[int, int]:
     """Where the compressed cluster of the L2 *entry* is: host offset, and the bytes that it may take at most."""
-    shift = 62 - (cluster_bits - 8)
+    shift = compressed_offset_bits(cluster_bits)
     offset = entry & ((1 << shift) - 1)
     additional_sectors = (entry >> shift) & ((1 << (cluster_bits - 8)) - 1)
     return offset, (additional_sectors + 1) * COMPRESSED_SECTOR - offset % COMPRESSED_SECTOR
@@ -254,6 +259,6 @@ def parse_compressed(entry: int, cluster_bits: int) -> tuple[int, int]:
 
 def build_compressed(offset: int, length: int, cluster_bits: int) -> int:
     """The L2 entry of a compressed cluster of *length* bytes at the host *offset*."""
-    shift = 62 - (cluster_bits - 8)
+    shift = compressed_offset_bits(cluster_bits)
     additional_sectors = (offset + length - 1) // COMPRESSED_SECTOR - offset // COMPRESSED_SECTOR
     return COMPRESSED | additional_sectors << shift | offset

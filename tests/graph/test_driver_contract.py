@@ -105,7 +105,9 @@ RECIPES = {
 }
 #: drivers that only show what is in an image: nothing can be written to them
 READ_ONLY = frozenset({"internal-snapshot", "qed", "vdi", "vhdx", "vmdk", "vpc"})
-NAMES = [name for name in driver_names() if name not in READ_ONLY]
+#: a driver by which nothing can be written twice
+WRITES_ONCE = frozenset({"compress"})
+NAMES = [name for name in driver_names() if name not in READ_ONLY | WRITES_ONCE]
 
 
 class Stack:

@@ -118,6 +118,17 @@ class Allocator:
             finally:
                 await shielded(self.image.lock.__aenter__())
 
+    def begin(self, first: int, end: int) -> InFlight:
+        """Under the lock: an allocation in flight in the guest clusters *first* up to *end*."""
+        in_flight = InFlight(first, end)
+        self._in_flight.append(in_flight)
+        return in_flight
+
+    def end(self, in_flight: InFlight) -> None:
+        """Under the lock: it has been linked, or failed."""
+        self._in_flight.remove(in_flight)
+        in_flight.finish()
+
     # -- the three steps ------------------------------------------------------------------------
 
     async def pwritev(self, guest_offset: int, bufs: Buffers, size: int) -> None:
@@ -244,8 +255,7 @@ class Allocator:
             piece.fresh = not keep
             piece.first, piece.last = (first_entry, first_bitmap), (last_entry, last_bitmap)
             piece.head, piece.tail = self._head(piece), self._tail(piece)
-            piece.in_flight = InFlight(first, first + number)
-            self._in_flight.append(piece.in_flight)
+            piece.in_flight = self.begin(first, first + number)
         return piece
 
     def _head(self, piece: Piece) -> int:
@@ -364,22 +374,19 @@ class Allocator:
         image, in_flight = self.image, piece.in_flight
         assert in_flight is not None
         linked = False
-        try:
-            async with image.lock:
-                try:
-                    item = await self.tables.find_writable(piece.guest_offset)
-                    item.dirty = True
-                    self.refcounts.needs_flush = True
-                    freed = self._enter(item, piece, in_flight)
-                    linked = True
-                    if freed:
-                        await image.announce("cluster_free")
-                finally:
-                    if not linked and piece.fresh and image.usable:
-                        await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
-                    self._in_flight.remove(in_flight)
-        finally:
-            in_flight.finish()
+        async with image.lock:
+            try:
+                item = await self.tables.find_writable(piece.guest_offset)
+                item.dirty = True
+                self.refcounts.needs_flush = True
+                freed = self._enter(item, piece, in_flight)
+                linked = True
+                if freed:
+                    await image.announce("cluster_free")
+            finally:
+                if not linked and piece.fresh and image.usable:
+                    await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
+                self.end(in_flight)
 
     def _enter(self, item: Slice, piece: Piece, in_flight: InFlight) -> bool:
         """Whether clusters were freed."""
@@ -413,13 +420,10 @@ class Allocator:
         """The data of *piece* could not be written: give its clusters back and let others try."""
         image, in_flight = self.image, piece.in_flight
         assert in_flight is not None
-        try:
-            async with image.lock:
-                if piece.fresh and image.usable:
-                    await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
-                self._in_flight.remove(in_flight)
-        finally:
-            in_flight.finish()
+        async with image.lock:
+            if piece.fresh and image.usable:
+                await self._give_back(piece.host_offset & ~image.cluster_mask, in_flight.end - in_flight.first)
+            self.end(in_flight)
 
     # -- giving up clusters ---------------------------------------------------------------------
 

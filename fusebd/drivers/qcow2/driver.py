@@ -16,7 +16,7 @@ from weakref import WeakSet
 from msgspec import UNSET
 
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import MAY_UNMAP, fill_zeroes, slice_buffers
+from fusebd.block.child import MAY_UNMAP, copy_into, fill_zeroes, slice_buffers
 from fusebd.block.dirtybitmaps import BitmapStore
 from fusebd.block.driver import (
     BlockStatus,
@@ -37,7 +37,8 @@ from fusebd.block.snapshots import SnapshotStore
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
-from fusebd.drivers.qcow2.compression import decompress
+from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
+from fusebd.drivers.qcow2.compression import decompress_in_thread
 from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
@@ -75,6 +76,7 @@ class Qcow2(FormatDriver):
     changeable: ClassVar[frozenset[str] | None] = CHANGEABLE
     resettable = CHANGEABLE
     reopening = Qcow2Reopening
+    can_compress = True
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class Qcow2(FormatDriver):
         options = node.options
         assert isinstance(options, Qcow2Options)
         self._allocator = Allocator(image, tables, refcounts, self._read_extents, self._reads_zero_below)
+        self._compressed_writer = CompressedWriter(image, tables, refcounts, self._allocator, self._forget_decompressed)
         self._zeroer = Zeroer(image, tables, refcounts, self._allocator, options)
         self._resizer = Resizer(image, tables, refcounts, self._allocator, self._zeroer, self.pwritev)
         self._flushing = Mutex()
@@ -231,7 +234,7 @@ class Qcow2(FormatDriver):
 
     def content_replaced(self, length: int) -> None:
         """The tables map another disk, of *length* bytes."""
-        self._decompressed = -1, b""
+        self._forget_decompressed()
         self.node.set_length(length)
 
     # -- reading --------------------------------------------------------------------------------
@@ -347,17 +350,19 @@ class Qcow2(FormatDriver):
             try:
                 await image.announce("read_compressed")
                 data = await image.read(host_offset, length)
-            finally:
-                epoch.count -= 1
-            try:
-                cluster = decompress(image.header.compression_type, data, image.cluster_size)
+                cluster = await decompress_in_thread(image.header.compression_type, data, image.cluster_size)
+                self._decompressed = entry, cluster
             except ValueError:
                 raise image.error("read", reason="compressed cluster cannot be decompressed") from None
-            self._decompressed = entry, cluster
-        at = in_cluster
-        for buf in bufs:
-            buf[:] = self._decompressed[1][at : at + len(buf)]
-            at += len(buf)
+            finally:
+                epoch.count -= 1
+        else:
+            cluster = self._decompressed[1]
+        copy_into(bufs, memoryview(cluster)[in_cluster:])
+
+    def _forget_decompressed(self) -> None:
+        """Where the cluster was that was read last there may be others soon."""
+        self._decompressed = -1, b""
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -367,6 +372,9 @@ class Qcow2(FormatDriver):
         size = len(bufs[0]) if len(bufs) == 1 else nbytes(bufs)
         if not image.usable:
             image.check_usable()
+        if flags:
+            await self._compressed_writer.pwritev(offset, bufs, self.length)
+            return
         item = tables.slices.get(offset >> tables.slice_shift)
         if item is not None and image.metadata.simple:
             in_cluster = offset & image.cluster_mask

@@ -66,6 +66,7 @@ class Refcounts:
         self.table_offset = image.header.refcount_table_offset
         self.blocks: dict[int, Block] = {}
         self.free_hint = 0  #: no cluster below this index is free
+        self._free_byte = 0  #: from here to the end of its cluster are bytes for compressed data; 0: there is no such
         #: set when refcounts went up that tables about to be written rely on, until the file was flushed
         self.needs_flush = False
         self._freed: list[Freed] = []
@@ -188,6 +189,41 @@ class Refcounts:
         self.free_hint = first + count
         return first << image.cluster_bits
 
+    async def allocate_bytes(self, size: int) -> int:
+        """*size* bytes, at most a cluster, that the clusters have a reference for; their host offset.
+
+        They are next to what was allocated so before, if that leaves room.  Raises as ``allocate`` does.
+        """
+        image = self.image
+        await image.announce("cluster_alloc_bytes")
+        offset, bits = self._free_byte, image.cluster_bits
+        if offset and await self.get(offset >> bits) == self.width.maximum:
+            offset = 0
+        left = -offset & image.cluster_mask
+        if not offset or left < size:
+            new = await self.allocate(1)
+            if not offset or offset + left != new:
+                offset, left = new, 0
+            if offset >= 1 << ondisk.compressed_offset_bits(bits):
+                await self.abandon(new, 1)
+                raise image.error("allocate", code=errno.EFBIG)
+            if left:
+                try:
+                    await self.update(offset >> bits, 1, 1)
+                except BaseException:
+                    await self.abandon(new, 1)
+                    raise
+        else:
+            await self.update(offset >> bits, 1, 1)
+        end = offset + size
+        self._free_byte = end if end & image.cluster_mask else 0
+        return offset
+
+    async def abandon_bytes(self, host_offset: int, size: int) -> None:
+        """Give back what ``allocate_bytes`` gave, and no table refers to."""
+        bits = self.image.cluster_bits
+        await self.abandon(host_offset, ((host_offset + size - 1) >> bits) + 1 - (host_offset >> bits))
+
     async def _find_free(self, count: int) -> int:
         """The first of *count* free clusters in a row, the lowest there are above the hint."""
         per_block, width = self.per_block, self.width
@@ -262,6 +298,8 @@ class Refcounts:
                     raise self.image.error("update refcount", code=errno.EINVAL, offset=done << self.image.cluster_bits)
                 self.width.set(block.data, position, value)
                 block.dirty = True
+                if not value and index * self.per_block + position == self._free_byte >> self.image.cluster_bits:
+                    self._free_byte = 0  # others may get that cluster now
                 if not value and done < self.free_hint:
                     self.free_hint = done
                 done += 1
