@@ -1,0 +1,311 @@
+"""Every kind of qcow2 image that qemu-img makes: fusebd and QEMU read in it what both have written.
+
+A kind is one value for each of ``AXES``.  There are thousands, and FUSEBD_LONG=1 takes them all; a shorter run takes
+so many that any two values that can go together meet in one of them, or that each value is in one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from images import check_image, content, create, io
+from mounting import run
+from support import READ_WRITE, read, root_of, write
+
+from fusebd.block.child import MAY_UNMAP
+from fusebd.block.graph import Graph
+from fusebd.block.root import Root
+
+LONG = bool(os.environ.get("FUSEBD_LONG"))
+SEED = 1
+ROUNDS = 10
+
+# --- kinds of images -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an image is made: options of ``qemu-img create``, but for ``data_file`` and ``backing``."""
+
+    compat: str
+    cluster_size: int
+    refcount_bits: int
+    compression_type: str
+    data_file: str  #: "none", "plain" or "raw"
+    lazy_refcounts: str
+    preallocation: str
+    backing: str  #: the format of the backing file, or "none"
+
+    def __str__(self) -> str:
+        return "-".join(f"{value}" for value in vars(self).values())
+
+    @property
+    def size(self) -> int:
+        """Of the disk, in bytes: several L2 tables of small clusters, and never a whole number of clusters."""
+        return max(300 << 10, self.cluster_size * 5 // 2) + 1536
+
+    @property
+    def backing_size(self) -> int:
+        return self.size * 2 // 3 // 512 * 512
+
+    @property
+    def compresses(self) -> bool:
+        """Whether QEMU can compress a cluster that was used before."""
+        return self.data_file == "none" and self.discards
+
+    @property
+    def discards(self) -> bool:
+        """Whether what is discarded reads as zeroes, rather than as before."""
+        return self.compat != "0.10" or self.backing == "none"
+
+    def create(self, path: Path, backing: Callable[[str, int], Path]) -> Path:
+        """A new image at *path*."""
+        options = {name: value for name, value in vars(self).items() if name not in ("data_file", "backing")}
+        if self.data_file != "none":
+            options["data_file"] = data_file(path)
+            options["data_file_raw"] = "on" if self.data_file == "raw" else "off"
+        below = None if self.backing == "none" else backing(self.backing, self.backing_size)
+        return create(path, self.size, backing=below, backing_format=self.backing, **options)
+
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "compat": ("1.1", "0.10"),
+    "cluster_size": tuple(512 << shift for shift in range(13)),
+    "refcount_bits": (16, 1, 2, 4, 8, 32, 64),
+    "compression_type": ("zlib", "zstd"),
+    "data_file": ("none", "plain", "raw"),
+    "lazy_refcounts": ("off", "on"),
+    "preallocation": ("off", "metadata", "falloc", "full"),
+    "backing": ("none", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx", "qed"),
+}
+#: what qemu-img says, and the kinds of which it says so
+REFUSED: dict[str, Callable[[Kind], bool]] = {
+    "Different refcount widths than 16 bits require compatibility level 1.1": (
+        lambda kind: kind.compat == "0.10" and kind.refcount_bits != 16
+    ),
+    "Non-zlib compression type is only supported with compatibility level 1.1": (
+        lambda kind: kind.compat == "0.10" and kind.compression_type != "zlib"
+    ),
+    "External data files are only supported with compatibility level 1.1": (
+        lambda kind: kind.compat == "0.10" and kind.data_file != "none"
+    ),
+    "Lazy refcounts only supported with compatibility level 1.1": (
+        lambda kind: kind.compat == "0.10" and kind.lazy_refcounts == "on"
+    ),
+    "Backing file and data-file-raw cannot be used at the same time": (
+        lambda kind: kind.data_file == "raw" and kind.backing != "none"
+    ),
+    "Backing file and preallocation can only be used at the same time if extended_l2": (
+        lambda kind: kind.preallocation != "off" and kind.backing != "none"
+    ),
+}
+ALL = [Kind(*values) for values in itertools.product(*AXES.values())]
+KINDS = [kind for kind in ALL if not any(refuses(kind) for refuses in REFUSED.values())]
+
+
+def sample(strength: int) -> list[Kind]:
+    """Some of KINDS: any *strength* values that are together in one of those are so in one of these."""
+
+    def meetings(kind: Kind) -> set[tuple[tuple[str, Any], ...]]:
+        return set(itertools.combinations(vars(kind).items(), strength))
+
+    rng = random.Random(SEED)
+    wanted = set().union(*map(meetings, KINDS))
+    chosen = []
+    while wanted:
+        best = max(rng.sample(KINDS, 60), key=lambda kind: len(wanted & meetings(kind)))
+        if not wanted & meetings(best):
+            rarest = min(wanted)
+            best = next(kind for kind in KINDS if rarest in meetings(kind))
+        wanted -= meetings(best)
+        chosen.append(best)
+    return chosen
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_left_out_is_what_qemu_img_refuses(tmp_path: Path, message: str) -> None:
+    only = [kind for kind in ALL if [said for said, refuses in REFUSED.items() if refuses(kind)] == [message]]
+    for kind in random.Random(SEED).sample(only, 5):
+        with pytest.raises(AssertionError, match=message):
+            kind.create(tmp_path / "image", lambda image_format, size: backing_file(tmp_path, image_format, size))
+
+
+# --- their images --------------------------------------------------------------------------------
+
+
+def data_file(path: Path) -> Path:
+    return path.with_suffix(".data")
+
+
+@cache
+def backing_file(directory: Path, image_format: str, size: int) -> Path:
+    """A disk of *size* bytes, or what the format makes of that, half of which has data."""
+    path = directory / f"backing{size}.{image_format}"
+    raw = directory / f"backing{size}.raw"
+    with raw.open("wb") as file:
+        file.truncate(size)
+        step = max(size // 8 // 512 * 512, 512)
+        for offset in range(0, size, 2 * step):
+            file.seek(offset)
+            file.write(random.Random(offset).randbytes(min(step, size - offset)))
+    if image_format != "raw":
+        run("qemu-img", "convert", "-f", "raw", "-O", image_format, raw, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def backing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Backing files, of a format and a length."""
+    directory = tmp_path_factory.mktemp("backing")
+    return lambda image_format, size: backing_file(directory, image_format, size)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory that is gone afterwards: thousands of images would fill the disk."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+# --- their use -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Disk:
+    """An image at *path*, and in ``model`` what it has to contain.
+
+    No power is cut here, so that nobody need wait for the medium.
+    """
+
+    kind: Kind
+    path: Path
+    model: bytearray
+    rng: random.Random
+
+    def somewhere(self) -> tuple[int, int]:
+        """Offset and length of a request; often they are those of clusters."""
+        size, cluster = len(self.model), self.kind.cluster_size
+        start = self.rng.choice([self.rng.randrange(size), self.rng.randrange(size) // cluster * cluster])
+        length = self.rng.choice([1, 512, 4096, cluster, cluster, 3 * cluster, 40_000])
+        return start, min(length, size - start)
+
+    def whole_clusters(self) -> tuple[int, int]:
+        """Offset and length of one or two clusters, of which the last one may be incomplete."""
+        cluster = self.kind.cluster_size
+        start = self.rng.randrange(len(self.model)) // cluster * cluster
+        return start, min(self.rng.randint(1, 2) * cluster, len(self.model) - start)
+
+    def set(self, start: int, data: bytes) -> None:
+        self.model[start : start + len(data)] = data
+
+    def check(self) -> None:
+        """AssertionError if QEMU does not find an image without errors and leaks that contains the model."""
+        check_image(self.path)
+        mirror = self.path.with_suffix(".raw")
+        mirror.write_bytes(self.model)
+        said = run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", self.path, mirror)
+        assert said == "Images are identical.\n"  # and no warning that one is longer
+        if self.kind.data_file == "raw":
+            data = data_file(self.path).read_bytes()
+            assert data[: len(self.model)] == self.model
+            assert not any(data[len(self.model) :])  # the rest of the last cluster
+
+    def use_qemu(self, count: int) -> None:
+        """Random requests by qemu-io, and some compressed clusters."""
+        commands = []
+        for _ in range(count):
+            action = self.rng.choice(["write", "write", "write -z", "write -z -u", "discard"])
+            start, length = self.whole_clusters() if action == "discard" else self.somewhere()
+            if action == "write":
+                pattern = self.rng.randrange(1, 256)
+                commands.append(f"write -P {pattern} {start} {length}")
+                self.set(start, bytes([pattern]) * length)
+            else:
+                commands.append(f"{action} {start} {length}")
+                if action != "discard" or self.kind.discards:
+                    self.set(start, bytes(length))
+        io(self.path, *commands, options=("-t", "unsafe"))
+        if self.kind.compresses:
+            self._compress()
+
+    def _compress(self) -> None:
+        """In a process of its own, and once in it: QEMU 10.0.2 puts compressed data where freed ones were, even if the
+        place was given to others since.
+        """
+        start, length = self.whole_clusters()
+        pattern = self.rng.randrange(1, 256)
+        # only a cluster that has no place yet can be compressed
+        io(self.path, f"discard {start} {length}", f"write -c -P {pattern} {start} {length}", options=("-t", "unsafe"))
+        self.set(start, bytes([pattern]) * length)
+
+    async def use_fusebd(self, count: int) -> None:
+        """Read it all, and do random requests."""
+        graph = Graph()
+        try:
+            file = {"driver": "file", "filename": str(self.path)}
+            options = {"discard": "unmap", "cache": {"no-flush": True}}
+            await graph.blockdev_add({"driver": "qcow2", "node-name": "disk", "file": file, **options})
+            root = root_of(graph, "disk", READ_WRITE)
+            assert root.length == len(self.model)
+            assert await read(root, 0, len(self.model)) == self.model
+            for _ in range(count):
+                await self._request(root)
+            await graph.detach_root(root)
+        finally:
+            await graph.close()
+        assert not graph.close_failures
+
+    async def _request(self, root: Root) -> None:
+        action = self.rng.choice(["write", "write", "write", "zero", "unmap", "discard", "read", "read", "flush"])
+        start, length = self.whole_clusters() if action == "discard" else self.somewhere()
+        if action == "write":
+            data = self.rng.randbytes(length)
+            self.set(start, data)
+            await write(root, start, data)
+        elif action in ("zero", "unmap"):
+            self.set(start, bytes(length))
+            await root.pwrite_zeroes(start, length, MAY_UNMAP if action == "unmap" else 0)
+        elif action == "discard":
+            if self.kind.discards:
+                self.set(start, bytes(length))
+            await root.pdiscard(start, length)
+        elif action == "read":
+            assert await read(root, start, length) == self.model[start : start + length]
+        else:
+            await root.flush()
+
+
+def new_disk(kind: Kind, directory: Path, backing: Callable[[str, int], Path]) -> Disk:
+    """A new image; half of it has data that QEMU has written, compressed if it can."""
+    path = kind.create(directory / "image", backing)
+    disk = Disk(kind, path, bytearray(content(path)), random.Random(f"{kind}"))
+    disk.use_qemu(8)
+    return disk
+
+
+@pytest.mark.parametrize("kind", KINDS if LONG else sample(2), ids=str)
+async def test_random_requests_leave_what_they_wrote(
+    directory: Path, backing: Callable[[str, int], Path], kind: Kind
+) -> None:
+    disk = new_disk(kind, directory, backing)
+    await disk.use_fusebd(40)
+    disk.check()
+
+
+@pytest.mark.parametrize("kind", KINDS if LONG else sample(1), ids=str)
+async def test_fusebd_and_qemu_take_turns(directory: Path, backing: Callable[[str, int], Path], kind: Kind) -> None:
+    disk = new_disk(kind, directory, backing)
+    for _ in range(ROUNDS):
+        await disk.use_fusebd(12)
+        disk.check()
+        disk.use_qemu(6)
+        disk.check()
