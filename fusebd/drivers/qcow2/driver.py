@@ -176,6 +176,7 @@ class Qcow2(FormatDriver):
                 await self.flush()
             async with self._image.lock:
                 await self._tables.write_back()
+                await self._snapshot_store.clean()
         finally:
             self.drop()
 

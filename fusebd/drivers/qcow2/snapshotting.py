@@ -61,6 +61,7 @@ class Qcow2Snapshots(SnapshotStore):
         self._discard = discard
         self._references = References(image, tables, refcounts)
         self._restored = True  #: refcounts and flags are as they were before the change that has failed
+        self._sound = True  #: and they were right before it
 
     @property
     def entries(self) -> Sequence[Snapshot]:
@@ -194,19 +195,23 @@ class Qcow2Snapshots(SnapshotStore):
         await self._driver.write_out()
         async with image.lock:
             self._tables.slices.clear()
-            was_dirty = image.header.incompatible_features & ondisk.INCOMPAT_DIRTY
+            self._sound = self._sound and self._restored
             self._restored = True
             await image.set_incompatible(image.header.incompatible_features | ondisk.INCOMPAT_DIRTY)
             try:
                 yield
             finally:
                 with trio.CancelScope(shield=True):
-                    await self._clean(was_dirty)
+                    await self.clean()
 
-    async def _clean(self, was_dirty: int) -> None:
-        """Take the dirty bit away, if it was not there before and the image is as it should be."""
+    async def clean(self) -> None:
+        """Take the dirty bit away if the image is as it should be; with ``Image.lock`` held.
+
+        An error is logged: who opens the image next repairs it without need.
+        """
         image = self._image
-        if was_dirty or not self._restored or not image.usable:
+        dirty = image.header.incompatible_features & ondisk.INCOMPAT_DIRTY
+        if not (dirty and self._sound and self._restored and image.usable):
             return
         try:
             await self._refcounts.write_back()
