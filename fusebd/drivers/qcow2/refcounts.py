@@ -84,7 +84,7 @@ class Refcounts:
         except BlockIOError as error:
             raise error.prefixed("Could not initialize refcount handling") from None
         self.table.byteswap()
-        for entry in self.table:
+        for entry in filter(None, self.table):
             if offset := entry & ondisk.REFCOUNT_TABLE_OFFSET_MASK:
                 image.metadata.add(OL_REFCOUNT_BLOCK, offset, image.cluster_size)
 

@@ -97,7 +97,7 @@ class Tables:
         """Enter all tables into the map of metadata."""
         image = self.image
         image.metadata.add(OL_ACTIVE_L1, self.l1_offset, 8 * len(self.l1))
-        for entry in self.l1:
+        for entry in filter(None, self.l1):  # which is quick: most of a large table is often empty
             if offset := entry & ondisk.OFFSET_MASK:
                 image.metadata.add(OL_ACTIVE_L2, offset, image.cluster_size)
 
