@@ -199,6 +199,9 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 # --- their use -----------------------------------------------------------------------------------
 
+#: how fusebd opens an image, as chance has it
+OPTIONS: list[dict[str, Any]] = [{}, {"cache-size": 0}, {"overlap-check": "all"}]
+
 
 @dataclass
 class Disk:
@@ -273,7 +276,7 @@ class Disk:
         graph = Graph()
         try:
             file = {"driver": "file", "filename": str(self.path)}
-            options = {"discard": "unmap", "cache": {"no-flush": True}}
+            options = {"discard": "unmap", "cache": {"no-flush": True}, **self.rng.choice(OPTIONS)}
             await graph.blockdev_add({"driver": "qcow2", "node-name": "disk", "file": file, **options})
             root = root_of(graph, "disk", READ_WRITE)
             assert root.length == len(self.model)
