@@ -11,7 +11,21 @@ from typing import Any
 
 from mounting import check_image, run
 
-__all__ = ["after_power_cut", "check_image", "content", "create", "info", "io", "patch", "u16", "u32", "u64"]
+from fusebd.ondisk import qcow2
+
+__all__ = [
+    "after_power_cut",
+    "check_image",
+    "content",
+    "create",
+    "info",
+    "io",
+    "is_dirty",
+    "patch",
+    "u16",
+    "u32",
+    "u64",
+]
 
 
 def create(
@@ -44,6 +58,13 @@ def info(path: Path) -> Any:
     """What qemu-img info says of the image *path*."""
     said = run("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", path)
     return json.loads(said[said.index("{") :])  # warnings come first
+
+
+def is_dirty(path: Path) -> bool:
+    """Whether whoever opens the image *path* has to repair it."""
+    with path.open("rb") as file:
+        header = file.read(qcow2.INCOMPATIBLE_OFFSET + 8)
+    return header[7] >= 3 and bool(int.from_bytes(header[-8:], "big") & qcow2.INCOMPAT_DIRTY)
 
 
 def patch(path: Path, *edits: tuple[int, bytes]) -> Path:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mounting import Mount, check_image, fusebd, qcow2, raw, run
+from images import create, io, is_dirty
+from mounting import Mount, Qmp, check_image, fusebd, qcow2, raw, run
+from powercuts import rounds, tell
+
+from fusebd.drivers.file.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from fusebd.runtime import Place
 
 LENGTH = 24 << 20
 WRITERS = 4
@@ -21,13 +28,14 @@ BLOCK = 512
 class Writer(threading.Thread):
     """Writes at random into a part of the node that is its own, with an fsync now and then, until the node is dead.
 
-    ``flushed`` is what was there at the last fsync that succeeded.  ``uncertain`` has the blocks that were
-    written since then, or are being written: they may have any of their contents since the last fsync.
+    With *holes*, some of what it writes are holes.  ``flushed`` is what was there at the last fsync that succeeded.
+    ``uncertain`` has the blocks that were written since then, or are being written: they may have any of their contents
+    since the last fsync.
     """
 
-    def __init__(self, path: Path, start: int, content: bytes, seed: int) -> None:
+    def __init__(self, path: Path, start: int, content: bytes, seed: int, *, holes: bool = False) -> None:
         super().__init__()
-        self._path, self._start, self._rng = path, start, random.Random(seed)
+        self._path, self._start, self._rng, self._holes = path, start, random.Random(seed), holes
         self.flushed = bytearray(content)
         self.uncertain: dict[int, list[bytes]] = {}
         self.flushes = 0
@@ -49,11 +57,16 @@ class Writer(threading.Thread):
     def _write(self, descriptor: int) -> None:
         length = int(2 ** self._rng.uniform(0, 8)) * BLOCK
         offset = self._rng.randrange(len(self.flushed) // BLOCK) * BLOCK
-        data = self._rng.randbytes(min(length, len(self.flushed) - offset))
+        length = min(length, len(self.flushed) - offset)
+        punched = self._holes and self._rng.random() < 0.25
+        data = bytes(length) if punched else self._rng.randbytes(length)
         for position in range(0, len(data), BLOCK):
             contents = self.uncertain.setdefault(offset + position, [])
             contents.append(data[position : position + BLOCK])
-        os.pwrite(descriptor, data, self._start + offset)
+        if punched:
+            fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, self._start + offset, length)
+        else:
+            os.pwrite(descriptor, data, self._start + offset)
 
     def _note_flush(self) -> None:
         for offset, contents in self.uncertain.items():
@@ -70,10 +83,11 @@ class Writer(threading.Thread):
                 assert block in self.uncertain.get(offset, []), f"block at {self._start + offset}"
 
 
-def _kill_while_writing(mounted: Mount, content: bytes, seed: int) -> list[Writer]:
+def _kill_while_writing(mounted: Mount, content: bytes, seed: int, *, holes: bool = False) -> list[Writer]:
     part = LENGTH // WRITERS
     writers = [
-        Writer(mounted / "disk", start, content[start : start + part], seed + start) for start in range(0, LENGTH, part)
+        Writer(mounted / "disk", start, content[start : start + part], seed + start, holes=holes)
+        for start in range(0, LENGTH, part)
     ]
     for writer in writers:
         writer.start()
@@ -118,6 +132,91 @@ def test_a_killed_daemon_leaves_a_sound_qcow2_image(
         assert (mounted / "disk").read_bytes() == content
         mounted.umount()
         check_image(image, leaks=True)
+    assert flushes
+
+
+#: options of qemu-img create, and what else there is of an image; 200 rounds in all if the run is long
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "small": {"cluster_size": 512},
+    "version-2": {"cluster_size": 4096, "compat": "0.10"},
+    "wide-refcounts": {"cluster_size": 1024, "refcount_bits": 64},
+    "large": {"cluster_size": 2 << 20},
+    "backed": {"cluster_size": 16384, "backed": True},
+    "subclusters": {"extended_l2": "on", "backed": True},
+    "compressed": {"cluster_size": 32768, "compressed": True},
+    "data-file": {"cluster_size": 8192, "data_file": True},
+    "snapshots": {"cluster_size": 4096, "snapshots": True},
+}
+
+
+class Photographer(threading.Thread):
+    """Makes snapshots and deletes them until the daemon is dead."""
+
+    def __init__(self, mounted: Mount, seed: int) -> None:
+        super().__init__()
+        self._qmp, self._rng = Qmp(Place(str(mounted.point)).socket), random.Random(seed)
+
+    def run(self) -> None:
+        try:
+            while True:
+                name = str(self._rng.randrange(4))
+                for verb in ("delete-", ""):
+                    arguments = {"device": "disk", "name": name}
+                    self._qmp.ask({"execute": f"blockdev-snapshot-{verb}internal-sync", "arguments": arguments})
+                time.sleep(self._rng.uniform(0, 0.05))
+        except (OSError, json.JSONDecodeError):
+            pass  # killed
+        finally:
+            self._qmp.close()
+
+
+def _image(directory: Path, name: str) -> Path:
+    """A new image of one of KINDS."""
+    options = dict(KINDS[name])
+    backed, compressed = options.pop("backed", False), options.pop("compressed", False)
+    options.pop("snapshots", None)
+    path, backing = directory / "disk.qcow2", directory / "backing.raw"
+    if "data_file" in options:
+        options["data_file"] = directory / "disk.data"
+    backing.write_bytes(random.Random(0).randbytes(LENGTH - (5 << 20)))
+    create(path, LENGTH, backing=backing if backed else None, backing_format="raw", **options)
+    if compressed:
+        io(path, *(f"write -c -P {number % 255 + 1} {number * 64}k 64k" for number in range(LENGTH >> 16)))
+    return path
+
+
+@pytest.mark.parametrize("transport", ["devfuse"])  # pyfuse3 has no fallocate
+@pytest.mark.parametrize("name", KINDS)
+def test_whatever_a_killed_daemon_was_doing_the_image_is_sound(
+    mount: Callable[..., Mount], tmp_path: Path, name: str
+) -> None:
+    image = _image(tmp_path, name)
+    content = _content(image, "qcow2")
+    flushes = repairs = 0
+    for number in rounds(1, 20):
+        mounted = mount(qcow2("disk", image, discard="unmap"))
+        photographer = Photographer(mounted, number) if "snapshots" in KINDS[name] else None
+        if photographer is not None:
+            photographer.start()
+        writers = _kill_while_writing(mounted, content, number, holes=True)
+        if photographer is not None:
+            photographer.join()
+        fusebd("umount", mounted.point)
+        dirty = is_dirty(image)
+        repairs += dirty
+        if not dirty:
+            check_image(image, leaks=True)
+        # The daemon that comes next finds all that was flushed, and leaves a sound image.
+        mounted = mount(qcow2("disk", image))
+        content = (mounted / "disk").read_bytes()
+        mounted.umount()
+        check_image(image, leaks=not dirty)
+        for writer in writers:
+            writer.judge(content)
+            flushes += writer.flushes
+        assert _content(image, "qcow2") == content
+    tell(flushes, "fsyncs acknowledged,", repairs, "dirty images repaired")
     assert flushes
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import check_image, content, io
+from images import check_image, content, io, is_dirty
 from support import READ_WRITE, recorder_of, root_of
 from test_qcow2_events import (
     K,
@@ -44,7 +44,6 @@ from fusebd.block.snapshots import find, store_of
 from fusebd.drivers.blkdebug import Blkdebug
 from fusebd.drivers.blkdebug.rules import InjectErrorOptions
 from fusebd.errors import BlockIOError, FusebdError
-from fusebd.ondisk import qcow2 as ondisk
 
 # --- work ----------------------------------------------------------------------------------------
 
@@ -259,13 +258,6 @@ def check_when_opened(path: Path) -> None:
     if is_dirty(copy):
         io(copy, "read 0 512", options=("-t", "unsafe"))
     check_image(copy, leaks=True)
-
-
-def is_dirty(path: Path) -> bool:
-    """Whether QEMU repairs the image when it opens it."""
-    with path.open("rb") as file:
-        file.seek(ondisk.INCOMPATIBLE_OFFSET)
-        return bool(int.from_bytes(file.read(8), "big") & ondisk.INCOMPAT_DIRTY)
 
 
 @faults
