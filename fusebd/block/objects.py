@@ -106,6 +106,15 @@ class Objects:
             raise OptionError(f"Object with id '{name}' is not a secret")
         return found
 
+    def password(self, name: str) -> bytes:
+        """What the secret *name* is as a password: UTF-8, up to the first NUL.  Raises OptionError."""
+        value = self.secret(name).value
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            raise OptionError(f"Data from secret {name} is not valid UTF-8") from None
+        return value.partition(b"\0")[0]
+
 
 def parse_object(value: Json) -> ObjectOptions:
     """*value*, a JSON object as object-add takes it, validated by the declaration of its type.

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 #: the longest file that is taken for a secret, in bytes
 _MAX_SIZE = 1 << 20
+#: of AES-256, in bytes
+_KEY_LENGTH, _BLOCK = 32, 16
 
 
 class SecretOptions(ObjectOptions, frozen=True, kw_only=True):
     format: Annotated[Literal["raw", "base64"] | UnsetType, Meta(description="how the secret is written")] = UNSET
-    keyid: Annotated[str | UnsetType, Meta(description="secret that it is encrypted with (not supported)")] = UNSET
-    iv: Annotated[str | UnsetType, Meta(description="initialisation vector of the encryption")] = UNSET
+    keyid: Annotated[str | UnsetType, Meta(description="secret that it is encrypted with, AES-256-CBC")] = UNSET
+    iv: Annotated[str | UnsetType, Meta(description="initialisation vector of the encryption, base64")] = UNSET
     data: Annotated[str | UnsetType, Meta(description="the secret itself")] = UNSET
     file: Annotated[str | UnsetType, Meta(description="file that has the secret")] = UNSET
 
@@ -45,6 +47,7 @@ class Secret(UserObject):
 
     def __init__(self, options: SecretOptions) -> None:
         super().__init__(options)
+        self._has_vector = options.iv is not UNSET
         self._given = {name for name in ("data", "file", "keyid") if getattr(options, name) is not UNSET}
 
     async def complete(self, objects: Objects) -> None:
@@ -58,9 +61,17 @@ class Secret(UserObject):
         else:
             value = self.values["data"].encode(errors="surrogateescape")
         if "keyid" in self._given:
-            objects.secret(self.values["keyid"])
-            raise OptionError("Secrets that are encrypted with another one ('keyid') are not supported")
-        self.value = _from_base64(value) if self.values["format"] == "base64" else value
+            key = objects.secret(self.values["keyid"]).value
+            if len(key) != _KEY_LENGTH:
+                raise OptionError(f"Key should be {_KEY_LENGTH} bytes in length")
+            if not self._has_vector:
+                raise OptionError("IV is required to decrypt secret")
+            vector = _from_base64(self.values["iv"].encode(errors="surrogateescape"))
+            if len(vector) != _BLOCK:
+                raise OptionError(f"IV should be {_BLOCK} bytes in length not {len(vector)}")
+        if self.values["format"] == "base64":
+            value = _from_base64(value)
+        self.value = _decrypted(value, key, vector) if "keyid" in self._given else value
 
 
 def _read_file(path: str) -> bytes:
@@ -92,3 +103,15 @@ def _from_base64(text: bytes) -> bytes:
         return binascii.a2b_base64(text[: len(text) // 4 * 4])
     except binascii.Error:
         raise OptionError("Base64 data is malformed") from None
+
+
+def _decrypted(value: bytes, key: bytes, vector: bytes) -> bytes:
+    """*value* decrypted, without the bytes that fill up its last block."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # few secrets are secret themselves
+
+    if not value or len(value) % _BLOCK:
+        raise OptionError(f"Length {len(value)} must be a multiple of block size {_BLOCK}")
+    text = Cipher(algorithms.AES(key), modes.CBC(vector)).decryptor().update(value)
+    if text[-1] > _BLOCK:
+        raise OptionError(f"Incorrect number of padding bytes ({text[-1]}) found on decrypted data")
+    return text[: len(text) - text[-1]]

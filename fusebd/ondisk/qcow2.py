@@ -159,6 +159,11 @@ def build_feature_table() -> bytes:
     )
 
 
+CRYPT_NONE, CRYPT_AES, CRYPT_LUKS = range(3)
+#: where the LUKS header is in the file, in bytes
+CRYPTO_HEADER = cs.Struct("offset" / cs.Int64ub, "length" / cs.Int64ub)
+CRYPTO_HEADER_LENGTH = 16
+
 BITMAPS = cs.Struct(
     "nb_bitmaps" / cs.Int32ub,
     "reserved" / cs.Int32ub,

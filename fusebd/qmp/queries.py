@@ -93,7 +93,7 @@ def block_device_info(node: Node, *, flat: bool) -> dict[str, Json]:
         "ro": node.read_only,
         "drv": node.driver_name,
         "active": True,
-        "encrypted": False,
+        "encrypted": image.get("encrypted", False),
         "detect_zeroes": node.detect_zeroes,
         **_NO_LIMITS,
         "write_threshold": 0,

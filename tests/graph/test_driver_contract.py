@@ -10,8 +10,10 @@ import itertools
 import os
 import random
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ def blank_qcow2(path: Path) -> bytes:
         check=True,
     )
     return (path / "blank").read_bytes()
+
+
+@cache
+def zeroed_luks() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        luks, secret = f"{directory}/luks", ["--object", "secret,id=key,data=x"]
+        made = ["qemu-img", "create", "-q", *secret, "-f", "luks", "-o", "key-secret=key,iter-time=10"]
+        # qemu-img may fail to measure how long a password takes
+        while subprocess.run([*made, luks, str(LENGTH)], check=False).returncode:
+            pass
+        zeroes = ["--image-opts", f"driver=luks,file.filename={luks},key-secret=key", "-c", f"write -P 0 0 {LENGTH}"]
+        subprocess.run(["qemu-io", *secret, *zeroes], check=True, stdout=subprocess.DEVNULL)
+        return Path(luks).read_bytes()
 
 
 def plain_file(path: Path) -> dict[str, Any]:
@@ -84,6 +99,13 @@ RECIPES = {
     "fault": Recipe(("file",)),
     "file": Recipe(options=plain_file, suspends=True),
     "host_device": Recipe(options=loop_device, suspends=True, undo=detach_loop),
+    "luks": Recipe(
+        ("file",),
+        content=lambda path: zeroed_luks(),
+        options=lambda path: {"key-secret": "key"},
+        objects=({"qom-type": "secret", "id": "key", "data": "x"},),
+        suspends=True,
+    ),
     "null-aio": Recipe(options=lambda path: {"size": LENGTH}, stores=False, suspends=True),
     "null-co": Recipe(options=lambda path: {"size": LENGTH}, stores=False),
     "qcow2": Recipe(("file",), content=blank_qcow2),

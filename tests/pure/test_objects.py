@@ -218,10 +218,34 @@ async def test_a_secret_can_be_in_a_file(tmp_path: Path, options: Json, value: b
         assert objects.secret("s").value == value
 
 
-async def test_an_encrypted_secret_is_refused_clearly(context: Context) -> None:
-    await add(context, SECRET | {"id": "k", "data": "key"})
-    message = await refusal(context, "object-add", **SECRET, data="YWJj", format="base64", keyid="k", iv="AAAA")
-    assert message == "Secrets that are encrypted with another one ('keyid') are not supported"
+# AES-256-CBC of "secret" with a key of 32 "k" and a vector of 16 "v", by openssl(1)
+ENCRYPTED = {"data": "e/LMMk/81s3VF4WhO4CfHg==", "format": "base64", "iv": "dnZ2dnZ2dnZ2dnZ2dnZ2dg==", "keyid": "k"}
+
+
+async def test_a_secret_may_be_encrypted_with_another_one(context: Context) -> None:
+    await add(context, SECRET | {"id": "k", "data": "k" * 32})
+    await add(context, SECRET | ENCRYPTED)
+    assert context.graph.objects.password("s") == b"secret"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"iv": None}, "IV is required to decrypt secret"),
+        ({"iv": "QUJD"}, "IV should be 16 bytes in length not 3"),
+        ({"iv": "%%%"}, "Base64 data contains invalid characters"),
+        ({"data": "x", "format": "raw"}, "Length 1 must be a multiple of block size 16"),
+        ({"data": "QUJDREVGR0hJSktMTU5PUA=="}, "Incorrect number of padding bytes (254) found on decrypted data"),
+        ({"keyid": "short"}, "Key should be 32 bytes in length"),
+        ({"keyid": "nowhere"}, "No secret with id 'nowhere'"),
+    ],
+    ids=str,
+)
+async def test_a_secret_that_cannot_be_decrypted_is_refused(context: Context, given: Json, message: str) -> None:
+    await add(context, SECRET | {"id": "k", "data": "k" * 32})
+    await add(context, SECRET | {"id": "short", "data": "abc"})
+    value = {name: option for name, option in (SECRET | ENCRYPTED | given).items() if option is not None}
+    assert await refusal(context, "object-add", **value) == message
 
 
 # --- QOM -----------------------------------------------------------------------------------------

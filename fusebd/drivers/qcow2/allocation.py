@@ -307,18 +307,25 @@ class Allocator:
             await self._write_with_surroundings(piece, bufs, piece.head, piece.tail)
             return
         await image.announce("write_aio")
-        await image.data.pwritev(piece.host_offset, bufs)
+        await self._put(piece.host_offset, piece.guest_offset, bufs)
+
+    async def _put(self, host_offset: int, guest_offset: int, bufs: Buffers) -> None:
+        """Write *bufs*, the guest's bytes from *guest_offset* on, to *host_offset*."""
+        image = self.image
+        if image.encryption is not None:
+            bufs = await image.encryption.encrypted(host_offset - image.data_shift, guest_offset, bufs)
+        await image.data.pwritev(host_offset, bufs)
 
     async def _write_with_surroundings(self, piece: Piece, bufs: Buffers, head: int, tail: int) -> None:
         """Write *bufs* and the *head* and *tail* bytes around them."""
-        image, file = self.image, self.image.data
+        image = self.image
         start, end = piece.guest_offset, piece.guest_offset + piece.length
         host_start = piece.host_offset - head
         zero_head = not head or self._is_zero(piece.first, start - head, head)
         zero_tail = not tail or self._is_zero(piece.last, end, tail)
         if zero_head and zero_tail and await self._zero_space(piece, host_start, head + piece.length + tail):
             await image.announce("write_aio")
-            await file.pwritev(piece.host_offset, bufs)
+            await self._put(piece.host_offset, start, bufs)
             return
         before, after = memoryview(bytearray(head)), memoryview(bytearray(tail))
         if head and tail and not (zero_head and zero_tail) and piece.length <= _MERGE_READS:
@@ -335,7 +342,7 @@ class Allocator:
                 await self._read_guest(end, (after,))
         await image.announce("write_aio")
         await image.announce("cow_write")
-        await file.pwritev(host_start, [part for part in (before, *bufs, after) if len(part)])
+        await self._put(host_start, start - head, [part for part in (before, *bufs, after) if len(part)])
 
     def _is_zero(self, cluster: tuple[int, int], guest_offset: int, length: int) -> bool:
         """Whether the bytes, in the *cluster* of an old entry and bitmap, are known to read as zeroes."""
@@ -356,6 +363,10 @@ class Allocator:
     async def _zero_space(self, piece: Piece, host_offset: int, length: int) -> bool:
         """Make the space of *piece* zero without writing buffers; False if that cannot be done."""
         file = self.image.data
+        if self.image.encryption is not None:
+            return False  # what is zero in the file is not so for the guest
+        if not piece.fresh and piece.first[1] & ondisk.ALL_ALLOCATED:
+            return False  # subclusters in between are seen already
         if not self.image.file.events and host_offset >= self.image.data_end:
             return True  # past the end of the file all is zero
         if not self._file_zeroes:

@@ -34,11 +34,13 @@ from fusebd.block.opening import Opening
 from fusebd.block.options import Json
 from fusebd.block.perms import Role
 from fusebd.block.snapshots import SnapshotStore
+from fusebd.crypto.ciphers import SECTOR
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
 from fusebd.drivers.qcow2.compression import decompress_in_thread
+from fusebd.drivers.qcow2.encryption import Encryption, unlock_image
 from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
@@ -107,6 +109,10 @@ class Qcow2(FormatDriver):
         self._bitmaps = Qcow2Bitmaps(image, refcounts)
         self._views: WeakSet[Qcow2] = WeakSet()  #: of snapshots, that ``showing`` has made
         self.length = image.header.size
+        #: entries with one of these bits go by what they mean in detail
+        self._special = _NOT_DATA if image.encryption is None else ondisk.OFFSET_MASK
+        if image.encryption is not None:
+            self.limits.request_alignment = SECTOR
         self.limits.pwrite_zeroes_alignment = image.granule_size
         self.limits.pdiscard_alignment = image.cluster_size
 
@@ -124,21 +130,27 @@ class Qcow2(FormatDriver):
 
     @classmethod
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
-        if options.encrypt:
-            raise OptionError("Encrypted qcow2 images are not supported")
         file = await opening.child("file", options.file, Role.IMAGE)
         header = await read_header(file, read_only=opening.node.read_only)
         data_file = await _open_data_file(opening, options, header, file)
-        driver = await cls.load(opening.node, file, data_file, options)
+        encryption = await unlock_image(file, header, options.encrypt, opening.graph.objects)
+        driver = await cls.load(opening.node, file, data_file, options, encryption)
         named, image_format = driver.header.backing_file, driver.header.backing_format
         driver.back_by(await opening.backing(options.backing, named, image_format or None, file.node))
         return driver
 
     @classmethod
-    async def load(cls, node: Node, file: Child, data_file: Child | None, options: Qcow2Options) -> Qcow2:
+    async def load(
+        cls,
+        node: Node,
+        file: Child,
+        data_file: Child | None,
+        options: Qcow2Options,
+        encryption: Encryption | None,
+    ) -> Qcow2:
         """The image that is in *file*, ready to be written if *node* is not read-only; backed by nothing.
 
-        *data_file* has the guest data, if *file* does not.
+        *data_file* has the guest data, if *file* does not; *encryption* is how they are encrypted, if they are.
 
         Suspends where *file* does.  Raises OptionError, ImageError, BlockIOError.
         """
@@ -147,9 +159,11 @@ class Qcow2(FormatDriver):
         sizes = cache_sizes(
             options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=header.l2_entry_bytes
         )
+        if bool(header.crypt_method) != (encryption is not None):
+            raise ImageError("The image has come to be encrypted, or not to be")
         if header.has_data_file != (data_file is not None):
             raise ImageError("The image has come to have an external data file, or to have none")
-        image = Image(node, file, header, overlap_mask(options.overlap_check), data_file)
+        image = Image(node, file, header, overlap_mask(options.overlap_check), data_file, encryption)
         image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
         refcounts = Refcounts(image, sizes.refcount_blocks)
         tables = Tables(image, refcounts, slice_bytes=sizes.slice_bytes, max_slices=sizes.slices)
@@ -185,6 +199,10 @@ class Qcow2(FormatDriver):
     @property
     def header(self) -> Header:
         return self._image.header
+
+    @property
+    def encryption(self) -> Encryption | None:
+        return self._image.encryption
 
     @property
     def is_usable(self) -> bool:
@@ -250,20 +268,23 @@ class Qcow2(FormatDriver):
             if in_cluster + size <= image.cluster_size:
                 entry = item.entries[offset >> image.cluster_bits & tables.entry_mask]
                 host_offset = entry & ondisk.OFFSET_MASK
-                if host_offset and not entry & _NOT_DATA and not host_offset & image.cluster_mask:
+                if host_offset and not entry & self._special and not host_offset & image.cluster_mask:
                     item.used = True
-                    await self._read_data(host_offset + in_cluster, bufs)
+                    await self._read_data(host_offset + in_cluster, bufs, offset)
                     return
         await self._read_extents(offset, bufs)
 
-    async def _read_data(self, host_offset: int, bufs: Buffers) -> None:
-        data = self._data
+    async def _read_data(self, host_offset: int, bufs: Buffers, guest_offset: int) -> None:
+        data, encryption = self._data, self._image.encryption
         epoch = self._image.epoch
         epoch.count += 1
         try:
             if "read_aio" in data.events:
                 await data.announce("read_aio")
-            await data.preadv(host_offset, bufs)
+            if encryption is None:
+                await data.preadv(host_offset, bufs)
+            else:
+                await encryption.read(data, host_offset, guest_offset, self._image.data_shift, bufs)
         finally:
             epoch.count -= 1
 
@@ -287,7 +308,7 @@ class Qcow2(FormatDriver):
             part = slice_buffers(bufs, done, done + length)
             done += length
             if kind == mapping.DATA:
-                await self._read_data(host_offset + (at & image.cluster_mask), part)
+                await self._read_data(host_offset + (at & image.cluster_mask), part, at)
             elif kind == mapping.COMPRESSED:
                 await self._read_compressed(host_offset, at & image.cluster_mask, part)
             elif kind == mapping.UNALLOCATED and self._backing is not None:
@@ -385,7 +406,7 @@ class Qcow2(FormatDriver):
                 if (
                     host_offset
                     and entry & ondisk.COPIED
-                    and not entry & _NOT_DATA
+                    and not entry & self._special
                     and not host_offset & image.cluster_mask
                     and host_offset >> image.cluster_bits not in image.metadata.clusters
                 ):
@@ -472,6 +493,8 @@ class Qcow2(FormatDriver):
 
     async def block_status(self, offset: int, length: int) -> BlockStatus:
         kind, host_offset, length = await self._extent(offset, length)
+        if self._image.encryption is not None and kind in (mapping.DATA, mapping.ZERO_ALLOCATED):
+            return BlockStatus(Status.DATA if kind == mapping.DATA else Status.ZERO, length)
         place = host_offset + (offset & self._image.cluster_mask) - self._image.data_shift
         if kind == mapping.DATA:
             # A hole of the file may be in it, so that preallocated clusters are known to be zeroes.
@@ -540,11 +563,15 @@ class Qcow2(FormatDriver):
             data["data-file"] = header.data_file
         if header.has_data_file:
             data["data-file-raw"] = self._image.is_raw
+        if self._image.encryption is not None:
+            data["encrypt"] = self._image.encryption.info
         info: dict[str, Json] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible_features & ondisk.INCOMPAT_DIRTY),
             "format-specific": {"type": "qcow2", "data": data},
         }
+        if self._image.encryption is not None:
+            info["encrypted"] = True
         if self._snapshots:
             info["snapshots"] = [snapshot.info() for snapshot in self._snapshots]
         if bitmaps := self._bitmaps.info():

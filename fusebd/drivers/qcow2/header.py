@@ -45,6 +45,8 @@ class Header:
     backing_file: str = ""
     backing_format: str = ""
     data_file: str = ""
+    crypto_header_offset: int = 0
+    crypto_header_length: int = 0
     snapshots_length: int = 0  #: bytes of the snapshot table, once that was read
     nb_bitmaps: int = 0  #: that can be relied on, as the autoclear bit says
     bitmap_directory_size: int = 0
@@ -102,6 +104,8 @@ async def read_header(file: Child, *, read_only: bool) -> Header:
     header = Header(**fields)
     _check_first(header)
     end = header.backing_file_offset or header.cluster_size
+    if header.crypt_method > ondisk.CRYPT_LUKS:
+        raise ImageError(f"Unsupported encryption method {header.crypt_method}")
     _check_compression(header)
     if unknown := header.incompatible_features & ~ondisk.INCOMPAT_KNOWN:
         table = _feature_table(await _read_extensions(file, header.header_length, end))
@@ -113,8 +117,8 @@ async def read_header(file: Child, *, read_only: bool) -> Header:
     _take_extensions(header, read_only=read_only)
     if header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW and not header.has_data_file:
         raise ImageError("data-file-raw requires a data file")
-    if header.crypt_method:
-        raise ImageError("Encrypted qcow2 images are not supported")
+    if header.crypt_method == ondisk.CRYPT_LUKS and not header.crypto_header_length:
+        raise ImageError(f"Missing CRYPTO header for crypt method {header.crypt_method}")
     if header.backing_file_offset:
         length = header.backing_file_size
         if length > min(ondisk.MAX_BACKING_NAME, header.cluster_size - header.backing_file_offset):
@@ -252,10 +256,23 @@ def _take_extensions(header: Header, *, read_only: bool) -> None:
             header.backing_format = _text(body)
         elif kind == ondisk.EXT_DATA_FILE:
             header.data_file = _text(body)
-        elif kind == ondisk.EXT_CRYPTO_HEADER and header.crypt_method != 2:
-            raise ImageError("CRYPTO header extension only expected with LUKS encryption method")
+        elif kind == ondisk.EXT_CRYPTO_HEADER:
+            _take_crypto_header(header, body)
         elif kind == ondisk.EXT_BITMAPS:
             _take_bitmaps(header, body, read_only=read_only)
+
+
+def _take_crypto_header(header: Header, body: bytes) -> None:
+    if header.crypt_method != ondisk.CRYPT_LUKS:
+        raise ImageError("CRYPTO header extension only expected with LUKS encryption method")
+    if len(body) != ondisk.CRYPTO_HEADER_LENGTH:
+        raise ImageError(f"CRYPTO header extension size {len(body)}, but expected size {ondisk.CRYPTO_HEADER_LENGTH}")
+    place: Any = ondisk.CRYPTO_HEADER.parse(body)
+    if place.offset % header.cluster_size:
+        raise ImageError(
+            f"Encryption header offset '{place.offset}' is not a multiple of cluster size '{header.cluster_size}'"
+        )
+    header.crypto_header_offset, header.crypto_header_length = place.offset, place.length
 
 
 def _take_bitmaps(header: Header, body: bytes, *, read_only: bool) -> None:

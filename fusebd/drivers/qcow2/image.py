@@ -22,6 +22,7 @@ from fusebd.block.child import Child
 from fusebd.block.mutex import Mutex
 from fusebd.block.node import Node
 from fusebd.drivers.qcow2.data import SHIFT, DataFile
+from fusebd.drivers.qcow2.encryption import Encryption
 from fusebd.drivers.qcow2.header import Header
 from fusebd.drivers.qcow2.options import OVERLAP_NAMES
 from fusebd.errors import BlockIOError
@@ -113,7 +114,15 @@ class MetadataMap:
 class Image:
     """One open image: its header, what is below it, and the state of its health."""
 
-    def __init__(self, node: Node, file: Child, header: Header, overlap_mask: int, data_file: Child | None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        file: Child,
+        header: Header,
+        overlap_mask: int,
+        data_file: Child | None,
+        encryption: Encryption | None,
+    ) -> None:
         self.node = node
         self.file = file
         self.header = header
@@ -125,6 +134,7 @@ class Image:
             self.data_shift = SHIFT << header.cluster_bits
             self.data = DataFile(data_file, self.data_shift)
         self.data_file = data_file
+        self.encryption = encryption
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = header.cluster_size - 1

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, Json, OptionStruct
+from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, OptionStruct
 from fusebd.errors import OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
@@ -67,6 +67,13 @@ class OverlapFlags(OptionStruct, frozen=True, kw_only=True):
     bitmap_directory: bool | UnsetType = UNSET
 
 
+class Encryption(OptionStruct, frozen=True, kw_only=True):
+    """QAPI BlockdevQcow2Encryption."""
+
+    format: Annotated[Literal["aes", "luks"], Meta(description="that of the image")]
+    key_secret: Annotated[str | UnsetType, Meta(description="secret with the password")] = UNSET
+
+
 class Qcow2Options(BlockdevOptions, frozen=True, kw_only=True):
     """QAPI BlockdevOptionsQcow2."""
 
@@ -89,7 +96,7 @@ class Qcow2Options(BlockdevOptions, frozen=True, kw_only=True):
     l2_cache_entry_size: Annotated[Int | UnsetType, Meta(description="size of an L2 cache entry, bytes")] = UNSET
     refcount_cache_size: Annotated[Int | UnsetType, Meta(description="most memory for refcount blocks, bytes")] = UNSET
     cache_clean_interval: Annotated[Int, Meta(description="drop unused cache entries after so many seconds")] = 600
-    encrypt: Annotated[dict[str, Json] | UnsetType, Meta(description="not supported")] = UNSET
+    encrypt: Annotated[Encryption | UnsetType, Meta(description="how the image is encrypted")] = UNSET
     data_file: Annotated[
         BlockdevRef | UnsetType,
         Meta(description="node with the guest data; default: the image's"),

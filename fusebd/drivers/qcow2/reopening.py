@@ -71,7 +71,9 @@ class Qcow2Reopening(Reopening):
 
     async def settle(self) -> None:
         children = self.node.children
-        self._after = await type(self.driver).load(self.node, children["file"], children.get("data-file"), self.options)
+        self._after = await type(self.driver).load(
+            self.node, children["file"], children.get("data-file"), self.options, self.driver.encryption
+        )
         self._after.back_by(self.node.backing)
 
     def commit(self) -> None:

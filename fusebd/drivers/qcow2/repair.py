@@ -47,6 +47,7 @@ async def rebuild_refcounts(
                 raise ImageError(f"refcount block at offset {offset:#x} is used twice")
             count.add_table(offset)
         count.add(image.header.snapshots_offset, snapshot_table_length)
+        count.add(image.header.crypto_header_offset, image.header.crypto_header_length)
         for offset, length in await used_areas(image):
             count.add(offset, length)
         await _count_data(image, tables, snapshots, count)

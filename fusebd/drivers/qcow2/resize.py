@@ -99,7 +99,7 @@ class Resizer:
         await self._zeroer.forget(start, end - start)
         if prealloc != "off":
             await self._allocator.preallocate(start, end - start, sparse=prealloc == "metadata")
-        elif zero:
+        if zero or (prealloc != "off" and self._image.encryption is not None):
             await self._zeroer.zeroize(start, end - start, 0)
 
     async def _write_zeroes(self, start: int, end: int) -> None:

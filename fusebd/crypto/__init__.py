@@ -1,0 +1,1 @@
+"""Encryption of whole disks: ciphers of sectors, and LUKS headers."""
