@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from images import create, info, io, u32, u64
 from mounting import run
+from msgspec import UNSET
 from support import READ_WRITE, read, root_of, write
 
 from fusebd.block import snapshots
@@ -78,8 +79,11 @@ async def exercise_what_is_kept(path: Path) -> bool:
         await graph.close()
 
 
-async def exercise(path: Path, *, read_only: bool) -> bool:
-    """Open the image and do a little of everything; whether it could be opened.  Only FusebdErrors are expected."""
+async def exercise(path: Path, *, read_only: bool, check: bool = False) -> bool:
+    """Open the image and do a little of everything, *check* it if asked to; whether it could be opened.
+
+    Only FusebdErrors are expected.
+    """
     graph = Graph()
     try:
         try:
@@ -106,6 +110,11 @@ async def exercise(path: Path, *, read_only: bool) -> bool:
                 await request
         with contextlib.suppress(FusebdError):
             await block_status_above(node, 0, length)
+        if check:
+            command = node.driver.commands["blockdev-check"]
+            for fix in (UNSET,) if read_only else (UNSET, "all"):
+                with contextlib.suppress(FusebdError):
+                    await command.method(node.driver, command.arguments(fix=fix))
         return True
     finally:
         await graph.close()
@@ -192,7 +201,7 @@ async def test_a_mutated_image_opens_or_is_refused(
     for seed in range(1000):
         path.write_bytes(mutated(data, random.Random(seed), tables))
         try:
-            opened += await exercise(path, read_only=seed % 4 == 0)
+            opened += await exercise(path, read_only=seed % 4 == 0, check=seed % 8 == 7)
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
     assert 100 < opened < 1000

@@ -10,10 +10,10 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from weakref import WeakSet
 
-from msgspec import UNSET
+from msgspec import UNSET, Meta, UnsetType
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import MAY_UNMAP, copy_into, fill_zeroes, slice_buffers
@@ -26,12 +26,14 @@ from fusebd.block.driver import (
     Node,
     Preallocation,
     Status,
+    driver_command,
     nbytes,
     register,
 )
 from fusebd.block.mutex import Mutex
+from fusebd.block.naming import node_filename
 from fusebd.block.opening import Opening
-from fusebd.block.options import Json
+from fusebd.block.options import Json, OptionStruct
 from fusebd.block.perms import Role
 from fusebd.block.snapshots import SnapshotStore
 from fusebd.crypto.ciphers import SECTOR
@@ -55,19 +57,27 @@ from fusebd.drivers.qcow2.options import (
 )
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.reopening import CHANGEABLE, Qcow2Reopening
-from fusebd.drivers.qcow2.repair import rebuild_refcounts
+from fusebd.drivers.qcow2.repair import Checker, rebuild_refcounts
 from fusebd.drivers.qcow2.resize import Resizer
 from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
 from fusebd.drivers.qcow2.snapshotting import Qcow2Snapshots
 from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
-from fusebd.errors import CommandError, FusebdError, ImageError, OptionError
+from fusebd.errors import CommandError, FusebdError, ImageError, OptionError, ReadOnlyError
 from fusebd.ondisk import qcow2 as ondisk
 
 if TYPE_CHECKING:
     from fusebd.block.creation import Creator
 
 _NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO | mapping.MIXED
+
+
+class Check(OptionStruct, frozen=True, kw_only=True):
+    """The arguments of ``blockdev-check`` beside the node."""
+
+    fix: Annotated[Literal["leaks", "all"] | UnsetType, Meta(description="what is mended, as by qemu-img check -r")] = (
+        UNSET
+    )
 
 
 @register("qcow2", Qcow2Options)
@@ -255,6 +265,26 @@ class Qcow2(FormatDriver):
         """The tables map another disk, of *length* bytes."""
         self._forget_decompressed()
         self.node.set_length(length)
+
+    # -- being checked --------------------------------------------------------------------------
+
+    @driver_command("blockdev-check", Check)
+    async def _command_check(self, arguments: Check) -> Json:
+        """QAPI ImageCheck.  No request is under way meanwhile.  Raises FusebdError."""
+        image, graph = self._image, self.node.graph
+        fix = "" if arguments.fix is UNSET else arguments.fix
+        if fix and self.node.read_only:
+            raise ReadOnlyError("Image is read-only")
+        async with graph.lock, graph.drained(self.node):
+            image.check_usable()
+            if not self.node.read_only:
+                await self.write_out()
+            async with image.lock:
+                self._tables.slices.clear()
+                self._forget_decompressed()
+                checker = Checker(image, self._tables, self._refcounts, self._snapshots)
+                result = await checker.check(fix_leaks=bool(fix), fix_errors=fix == "all")
+        return {"filename": node_filename(self.node), "format": self.name, **result.info()}
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -591,7 +621,7 @@ async def _prepare_for_writing(image: Image, tables: Tables, refcounts: Refcount
         await drop_extension(image, ondisk.EXT_BITMAPS)  # they are not what they were
     if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
         try:
-            await rebuild_refcounts(image, tables, refcounts, snapshots, header.snapshots_length)
+            await rebuild_refcounts(image, tables, refcounts, snapshots)
         except FusebdError as error:
             raise error.prefixed("Could not repair dirty image") from None
         await image.set_incompatible(header.incompatible_features & ~ondisk.INCOMPAT_DIRTY)

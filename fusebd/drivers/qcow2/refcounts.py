@@ -179,7 +179,7 @@ class Refcounts:
                 if purpose == "data cluster":
                     await image.check_overlap(0, count << image.cluster_bits)
                 raise await image.corrupt(f"Preventing invalid allocation of {purpose} at offset 0")
-            if await self._cover(first, count):
+            if await self.cover(first, count):
                 break
         try:
             await self._set_ones(first, count)
@@ -251,7 +251,7 @@ class Refcounts:
                 raise self.image.error("allocate", code=errno.EFBIG)
         return start
 
-    async def _cover(self, first: int, count: int) -> bool:
+    async def cover(self, first: int, count: int) -> bool:
         """Whether the clusters have refcount blocks; if not, one block was made, and clusters were used for it."""
         for index in range(first // self.per_block, (first + count - 1) // self.per_block + 1):
             await self.image.announce("refblock_alloc")
@@ -317,7 +317,7 @@ class Refcounts:
         block = Block(index, host_offset, bytearray(image.cluster_size))
         if own_index == index:
             self.width.set(block.data, at, 1)
-        elif await self._cover(cluster, 1):
+        elif await self.cover(cluster, 1):
             await self._set_ones(cluster, 1)
         else:
             return

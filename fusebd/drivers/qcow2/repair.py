@@ -1,150 +1,170 @@
-"""Refcounts made anew from the tables, for an image whose dirty bit says that they were not kept.
+"""Refcounts and COPIED flags that do not agree with the tables, found and mended.
 
-What is counted, and how COPIED flags follow from it: QEMU docs/interop/qcow2.txt, qcow2_check_refcounts
-(block/qcow2-refcount.c).
+How COPIED flags follow from refcounts: QEMU docs/interop/qcow2.txt.  What is mended, and what is counted as which kind
+of mistake: qcow2_check_refcounts (block/qcow2-refcount.c), qcow2_co_check (block/qcow2.c).
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 import trio
 
-from fusebd.drivers.qcow2.bitmapdirectory import used_areas
-from fusebd.drivers.qcow2.header import check_table
+from fusebd.block.options import Json
+from fusebd.drivers.qcow2.counting import Allocation, ReferenceCounts, count_references
 from fusebd.drivers.qcow2.image import Image
 from fusebd.drivers.qcow2.refcounts import Refcounts
+from fusebd.drivers.qcow2.references import from_big_endian, to_big_endian
 from fusebd.drivers.qcow2.snapshots import Snapshot
 from fusebd.drivers.qcow2.tables import Tables
-from fusebd.errors import ImageError
+from fusebd.errors import BlockIOError, ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 log = logging.getLogger(__name__)
 
-#: clusters that are counted in one array: few, because an image may refer to anywhere
-_AREA = 64
+
+@dataclass(slots=True)
+class CheckResult:
+    """QAPI ImageCheck, without the image's name."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    allocation: Allocation | None = None
+    total_clusters: int = 0
+    image_end: int = 0  #: bytes
+
+    def info(self) -> dict[str, Json]:
+        allocation = self.allocation or Allocation()
+        told = {
+            "corruptions": self.corruptions,
+            "leaks": self.leaks,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
+            "image-end-offset": self.image_end,
+            "total-clusters": self.total_clusters,
+            "allocated-clusters": allocation.allocated,
+            "fragmented-clusters": allocation.fragmented,
+            "compressed-clusters": allocation.compressed,
+        }
+        return {"check-errors": 0, **{name: value for name, value in told.items() if value}}
 
 
-async def rebuild_refcounts(
-    image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot], snapshot_table_length: int
-) -> None:
-    """Make refcounts and COPIED flags agree with what the tables refer to, durably.
+class Checker:
+    """Looks at one image.  The caller holds ``Image.lock``; no request is under way, and no L2 slice is cached."""
+
+    def __init__(self, image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot]) -> None:
+        self._image, self._tables, self._refcounts, self._snapshots = image, tables, refcounts, snapshots
+        self.result = CheckResult()
+
+    def _corruption(self, text: str) -> None:
+        self.result.corruptions += 1
+        log.error("%s: %s", self._image.node.name, text)
+
+    async def check(self, *, fix_leaks: bool, fix_errors: bool) -> CheckResult:
+        """Find what is wrong, and mend what is asked for, durably.
+
+        Suspends while tables are read, and after each.  Raises BlockIOError.
+        """
+        image, result = self._image, self.result
+        # the last cluster may be there in part
+        limit = image.file.node.driver.length + image.cluster_size - 1
+        count = ReferenceCounts(image, self._corruption, limit)
+        result.total_clusters = -(-image.header.size >> image.cluster_bits)
+        result.allocation = await count_references(image, self._tables, self._refcounts, self._snapshots, count)
+        await self._compare(count, fix_leaks=fix_leaks, fix_errors=fix_errors)
+        await self._refcounts.write_back()
+        await image.file.flush()
+        flags = await _fix_copied(image, self._tables, self._refcounts, fix=fix_errors)
+        if fix_errors:
+            result.corruptions_fixed += flags
+            await image.file.flush()
+        else:
+            result.corruptions += flags
+        return result
+
+    async def _compare(self, count: ReferenceCounts, *, fix_leaks: bool, fix_errors: bool) -> None:
+        """Refcounts with references."""
+        image, refcounts, result = self._image, self._refcounts, self.result
+        counted = dict(count.all())
+        clusters = -(-image.file.node.driver.length >> image.cluster_bits)
+        highest = -1
+        for index in range(len(refcounts.table)):
+            first = index * refcounts.per_block
+            if not refcounts.block_offset(index):
+                continue
+            block = await refcounts.block(index)
+            for at in range(refcounts.per_block):
+                stored, right = refcounts.width.get(block.data, at), counted.get(first + at, 0)
+                if not stored and not right:
+                    continue
+                highest = first + at
+                if stored == right:
+                    continue
+                leak = stored > right
+                log.error("%s: cluster %d refcount=%d reference=%d", image.node.name, first + at, stored, right)
+                if right <= refcounts.width.maximum and (fix_leaks if leak else fix_errors):
+                    refcounts.width.set(block.data, at, right)
+                    block.dirty = True
+                    result.leaks_fixed += leak
+                    result.corruptions_fixed += not leak
+                else:
+                    result.leaks += leak
+                    result.corruptions += not leak
+            await trio.lowlevel.checkpoint()
+        # now that the others are right, new blocks can be allocated for these
+        missing = [at for at in counted if not refcounts.block_offset(at // refcounts.per_block)]
+        for cluster in missing:
+            right = counted[cluster]
+            highest = max(highest, cluster)
+            log.error("%s: cluster %d has no refcount, and %d references", image.node.name, cluster, right)
+            mended = fix_errors and await self._count_again(cluster, right, max(clusters, max(counted) + 1))
+            result.corruptions_fixed += mended
+            result.corruptions += not mended
+        result.image_end = highest + 1 << image.cluster_bits
+
+    async def _count_again(self, cluster: int, right: int, end: int) -> bool:
+        """Give *cluster* a refcount block, from *end* on, that says *right*; whether that can be."""
+        refcounts = self._refcounts
+        refcounts.free_hint = max(refcounts.free_hint, end)
+        try:
+            while not await refcounts.cover(cluster, 1):
+                pass
+            await refcounts.update(cluster, 1, right)
+        except BlockIOError as error:
+            log.error("%s: cluster %d: %s", self._image.node.name, cluster, error.reason)
+            return False
+        return True
+
+
+def _refuse(text: str) -> None:
+    raise ImageError(text)
+
+
+async def rebuild_refcounts(image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot]) -> None:
+    """Make refcounts and COPIED flags of an image that was not closed agree with what its tables refer to, durably.
 
     Suspends while tables are read, and after each.  Raises ImageError where references cannot be right, BlockIOError.
     """
     log.warning("%s: image was not closed cleanly, rebuilding its refcounts", image.node.name)
     async with image.lock:
-        count = _Counter(image)
-        count.add(0, image.cluster_size)
-        count.add(refcounts.table_offset, len(refcounts.table) * 8)
-        blocks = [index for index in range(len(refcounts.table)) if refcounts.block_offset(index)]
-        for offset, number in Counter(map(refcounts.block_offset, blocks)).items():
-            if number > 1:
-                raise ImageError(f"refcount block at offset {offset:#x} is used twice")
-            count.add_table(offset)
-        count.add(image.header.snapshots_offset, snapshot_table_length)
-        count.add(image.header.crypto_header_offset, image.header.crypto_header_length)
-        for offset, length in await used_areas(image):
-            count.add(offset, length)
-        await _count_data(image, tables, snapshots, count)
-        await _store(count, refcounts, blocks)
+        # data that was allocated may not have been written
+        count = ReferenceCounts(image, _refuse, ondisk.MAX_CLUSTER_OFFSET + 1)
+        await count_references(image, tables, refcounts, snapshots, count)
+        await _store(count, refcounts)
         await refcounts.write_back()
         await image.file.flush()
-        await _fix_copied(image, tables, count)
+        await _fix_copied(image, tables, refcounts, fix=True)
         await image.file.flush()
 
 
-def _words(data: bytearray) -> array[int]:
-    words = array("Q", bytes(data))
-    words.byteswap()
-    return words
-
-
-class _Counter:
-    """Counts references to host clusters, in arrays for areas in which there are any."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._areas: dict[int, array[int]] = {}
-
-    def of(self, cluster: int) -> int:
-        """The references to one cluster."""
-        counts = self._areas.get(cluster // _AREA)
-        return counts[cluster % _AREA] if counts is not None else 0
-
-    def all(self) -> Iterator[tuple[int, int]]:
-        """All clusters that have references, with their number, in order."""
-        for area in sorted(self._areas):
-            for at, value in enumerate(self._areas[area]):
-                if value:
-                    yield area * _AREA + at, value
-
-    def add(self, offset: int, length: int, number: int = 1) -> None:
-        """*number* references to each cluster that the bytes touch."""
-        if not length:
-            return
-        bits = self._image.cluster_bits
-        if offset + length - 1 > ondisk.MAX_CLUSTER_OFFSET:
-            raise ImageError(f"reference to offset {offset:#x}, which cannot be")
-        for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
-            area, at = divmod(cluster, _AREA)
-            counts = self._areas.get(area)
-            if counts is None:
-                counts = self._areas[area] = array("Q", bytes(8 * _AREA))
-            counts[at] += number
-
-    def add_cluster(self, offset: int, number: int = 1) -> None:
-        """*number* references to the cluster at *offset*, which has to be the beginning of one."""
-        if offset & self._image.cluster_mask:
-            raise ImageError(f"cluster offset {offset:#x} is unaligned")
-        self.add(offset, 1, number)
-
-    def add_table(self, offset: int, number: int = 1) -> None:
-        """The same for a cluster of metadata, which has to be in the file."""
-        if offset >= self._image.file.node.driver.length:
-            raise ImageError(f"table offset {offset:#x} is past the end of the file")
-        self.add_cluster(offset, number)
-
-
-async def _count_data(image: Image, tables: Tables, snapshots: list[Snapshot], count: _Counter) -> None:
-    """The references to L1 tables, to their L2 tables, and from those to data.
-
-    However often tables refer to the same one, it is read once.
-    """
-    for snapshot in snapshots:
-        check_table(
-            snapshot.l1_table_offset, snapshot.l1_size, 8, ondisk.MAX_L1_BYTES, image.cluster_size, "Snapshot L1 table"
-        )
-    l1_tables = Counter((s.l1_table_offset, s.l1_size * 8) for s in snapshots)
-    l1_tables[tables.l1_offset, len(tables.l1) * 8] += 1
-    l2_tables: Counter[int] = Counter()
-    for (offset, length), number in l1_tables.items():
-        count.add(offset, length, number)
-        l1 = _words(await image.read(offset, length))
-        for l1_entry, times in Counter(l1).items():
-            if l2_offset := l1_entry & ondisk.OFFSET_MASK:
-                l2_tables[l2_offset] += number * times
-        await trio.lowlevel.checkpoint()
-    for offset, number in l2_tables.items():
-        count.add_table(offset, number)
-        if image.data_file is not None:
-            continue
-        for entry in _words(await image.read(offset, image.cluster_size))[:: tables.words]:
-            if not entry:
-                continue
-            if entry & ondisk.COMPRESSED:
-                count.add(*ondisk.parse_compressed(entry, image.cluster_bits), number)
-            elif entry & ondisk.OFFSET_MASK:
-                count.add_cluster(entry & ondisk.OFFSET_MASK, number)
-        await trio.lowlevel.checkpoint()
-
-
-async def _store(count: _Counter, refcounts: Refcounts, blocks: list[int]) -> None:
-    """Put the counts into the refcount blocks, of which those with the indexes *blocks* exist."""
+async def _store(count: ReferenceCounts, refcounts: Refcounts) -> None:
+    """Put the counts into the refcount blocks."""
+    blocks = [index for index in range(len(refcounts.table)) if refcounts.block_offset(index)]
     width, per_block = refcounts.width, refcounts.per_block
     counted = groupby(count.all(), lambda item: item[0] // per_block)
     index, counts = next(counted, (-1, iter(())))
@@ -166,45 +186,50 @@ async def _store(count: _Counter, refcounts: Refcounts, blocks: list[int]) -> No
         raise ImageError(f"refcount block {index} is missing")
 
 
-async def _fix_copied(image: Image, tables: Tables, count: _Counter) -> None:
-    """Set COPIED in the active tables just where the refcount is one."""
+async def _fix_copied(image: Image, tables: Tables, refcounts: Refcounts, *, fix: bool) -> int:
+    """How many entries of the active tables have COPIED and should not, or the other way round.
+
+    It should be where the refcount is one.  *fix*: it is there, and only there, then.
+    """
     bits = image.cluster_bits
-    changed = False
+    wrong = wrong_l1 = 0
     l2_offsets = set()
     for index, l1_entry in enumerate(tables.l1):
         offset = l1_entry & ondisk.OFFSET_MASK
-        if not offset:
+        if not offset or offset & image.cluster_mask:
             continue
         l2_offsets.add(offset)
-        wanted = offset | (ondisk.COPIED if count.of(offset >> bits) == 1 else 0)
+        wanted = offset | (ondisk.COPIED if await refcounts.get(offset >> bits) == 1 else 0)
         if wanted != l1_entry:
-            tables.l1[index] = wanted
-            changed = True
+            wrong_l1 += 1
+            if fix:
+                tables.l1[index] = wanted
     for offset in sorted(l2_offsets):
-        if image.data_file is not None:
+        if image.data_file is not None or offset >= image.file.node.driver.length:
             continue
-        entries = _words(await image.read(offset, image.cluster_size))
-        if _fix_entries(entries, count, bits, tables.words):
-            entries.byteswap()
-            await image.write(offset, entries.tobytes())
+        entries = from_big_endian(await image.read(offset, image.cluster_size))
+        found = await _fix_entries(image, entries, refcounts, tables.words)
+        wrong += found
+        if found and fix:
+            await image.write(offset, to_big_endian(entries))
         await trio.lowlevel.checkpoint()
-    if changed:
-        swapped = array("Q", tables.l1)
-        swapped.byteswap()
-        await image.write(tables.l1_offset, swapped.tobytes())
+    if wrong_l1 and fix:
+        await image.write(tables.l1_offset, to_big_endian(tables.l1))
+    return wrong + wrong_l1
 
 
-def _fix_entries(entries: array[int], count: _Counter, cluster_bits: int, words: int) -> bool:
-    """Whether anything has changed; *words* is how many an entry has."""
-    changed = False
+async def _fix_entries(image: Image, entries: array[int], refcounts: Refcounts, words: int) -> int:
+    """Set the flags of the L2 *entries* right, which have so many *words* each; how many were wrong."""
+    wrong = 0
     for index in range(0, len(entries), words):
         entry = entries[index]
-        if entry & ondisk.COMPRESSED or not entry & ondisk.OFFSET_MASK:
+        offset = entry & ondisk.OFFSET_MASK
+        if entry & ondisk.COMPRESSED or not offset or offset & image.cluster_mask:
             continue
         wanted = entry & ~ondisk.COPIED
-        if count.of((entry & ondisk.OFFSET_MASK) >> cluster_bits) == 1:
+        if await refcounts.get(offset >> image.cluster_bits) == 1:
             wanted |= ondisk.COPIED
         if wanted != entry:
             entries[index] = wanted
-            changed = True
-    return changed
+            wrong += 1
+    return wrong
