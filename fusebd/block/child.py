@@ -12,7 +12,7 @@ Behaviour: QEMU block/io.c.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -169,6 +169,10 @@ class Child:
         """The node has a new length."""
         if self.parent is not None and self.parent.is_open:
             self.parent.driver.child_resized(self)
+
+    def announced(self, event: str) -> Awaitable[None] | None:
+        """*event*, one of ``events``, happens: what to wait for.  ``announce`` for where each tenth of a us counts."""
+        return self.driver.announced(event)
 
     async def announce(self, event: str) -> None:
         """*event*, one of ``fusebd.block.debugevents``, happens.  Suspends if it is held up below."""

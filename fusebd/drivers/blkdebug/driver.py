@@ -14,7 +14,6 @@ import logging
 import math
 import os
 from collections.abc import Awaitable
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import trio
@@ -236,10 +235,10 @@ class Blkdebug(FilterDriver):
     # -- requests -------------------------------------------------------------------------------
 
     def read_bypass(self) -> Bypass | None:
-        return Bypass(self.file, None if self._passes else partial(self.rules.covered, "read"))
+        return Bypass(self.file, None if self._passes else self.rules.covering("read"))
 
     def write_bypass(self) -> Bypass | None:
-        return Bypass(self.file, None if self._passes else partial(self.rules.covered, "write"))
+        return Bypass(self.file, None if self._passes else self.rules.covering("write"))
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         if self.rules.active:
@@ -301,7 +300,12 @@ class Blkdebug(FilterDriver):
 
     def announced(self, event: str) -> Awaitable[None] | None:
         """While the node is drained, breakpoints stay as they are: nothing may be held then."""
-        tags = self.rules.announce(event, stops=not self._drains)
+        rules = self.rules
+        always = rules.always.get(event)
+        if always is not None:
+            rules.active = always
+            return None
+        tags = rules.announce(event, stops=not self._drains)
         if not tags:
             return None
         self._refresh_events()

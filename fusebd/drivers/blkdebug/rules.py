@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -140,7 +140,7 @@ class RuleSet:
         self._rules: list[Rule] = []
         self._by_event: dict[str, list[Rule]] = {}
         #: for events that do nothing but inject, whatever the state: the list that becomes active
-        self._always: dict[str, list[InjectRule]] = {}
+        self.always: dict[str, list[InjectRule]] = {}
         self._numbered = 0
 
     def __iter__(self) -> Iterator[Rule]:
@@ -203,9 +203,9 @@ class RuleSet:
         rules = self._by_event.get(event, [])
         injecting = [rule for rule in rules if isinstance(rule, InjectRule) and not rule.state]
         if injecting and len(injecting) == len(rules):
-            self._always[event] = injecting
+            self.always[event] = injecting
         else:
-            self._always.pop(event, None)
+            self.always.pop(event, None)
 
     def remove(self, ident: str) -> None:
         """Take the rule *ident* away, active or not.  Raises CommandError if there is none."""
@@ -246,10 +246,6 @@ class RuleSet:
 
         Without *stops* they stay as they are.
         """
-        always = self._always.get(event)
-        if always is not None:
-            self.active = always
-            return []
         rules = self._by_event.get(event)
         if rules is None:
             return []
@@ -277,12 +273,17 @@ class RuleSet:
             rule.hits += 1
             self.state = rule.new_state
 
-    def covered(self, io_type: str, offset: int, length: int) -> bool:
-        """Whether an active rule decides such a request."""
-        for rule in self.active:
-            if (rule.offset is None or offset <= rule.offset < offset + length) and io_type in rule.io_types:
-                return True
-        return False
+    def covering(self, io_type: str) -> Callable[[int, int], bool]:
+        """What says whether an active rule decides a request of *io_type*, by its byte offset and length."""
+
+        def covered(offset: int, length: int) -> bool:
+            for rule in self.active:
+                place = rule.offset
+                if (place is None or offset <= place < offset + length) and io_type in rule.io_types:
+                    return True
+            return False
+
+        return covered
 
     def fire(self, io_type: str, offset: int, length: int) -> InjectRule | None:
         """The rule whose error the request gets, None if it goes through; counts it, and drops it if ``once``."""

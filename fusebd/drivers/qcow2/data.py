@@ -35,6 +35,9 @@ class DataFile:
     def announce(self, event: str) -> Awaitable[None]:
         return self.child.announce(event)
 
+    def announced(self, event: str) -> Awaitable[None] | None:
+        return self.child.announced(event)
+
     @property
     def node(self) -> Node:
         return self.child.node

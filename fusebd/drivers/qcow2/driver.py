@@ -309,8 +309,8 @@ class Qcow2(FormatDriver):
         epoch = self._image.epoch
         epoch.count += 1
         try:
-            if "read_aio" in data.events:
-                await data.announce("read_aio")
+            if "read_aio" in data.events and (held := data.announced("read_aio")) is not None:
+                await held
             if encryption is None:
                 await data.preadv(host_offset, bufs)
             else:
@@ -445,8 +445,8 @@ class Qcow2(FormatDriver):
                     epoch = image.epoch
                     epoch.count += 1
                     try:
-                        if "write_aio" in data.events:
-                            await data.announce("write_aio")
+                        if "write_aio" in data.events and (held := data.announced("write_aio")) is not None:
+                            await held
                         await data.pwritev(host_offset + in_cluster, bufs)
                     finally:
                         epoch.count -= 1
