@@ -37,7 +37,7 @@ from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.block.qjson import loads
 from fusebd.block.reopening import Reopening
 from fusebd.block.status import BlockStatus, Status
-from fusebd.block.straight import Bypass
+from fusebd.block.straight import Bypass, Concerns
 from fusebd.errors import NotSupported, OptionError
 
 if TYPE_CHECKING:
@@ -216,6 +216,13 @@ class Driver:
 
     def write_bypass(self) -> Bypass | None:
         """The same for writes without flags, inside the node."""
+        return None
+
+    def announcing(self, event: str, operation: str) -> Concerns | None:
+        """What announces *event* and says whether the driver wants to see the ``read`` or ``write`` that it is of.
+
+        None: there is nothing that could stand for both.  Where it says yes, the event is announced once more.
+        """
         return None
 
     def announced(self, event: str) -> Awaitable[None] | None:

@@ -31,10 +31,14 @@ _WRITE_EVENTS = frozenset({"pwritev", "pwritev_done"})
 
 
 class Bypass(NamedTuple):
-    """*child* is where requests go, at the same offset, but for those that *concerns* is true of (None: all)."""
+    """*child* is where requests go, at the same offset, but for those that *concerns* is true of (None: all).
+
+    *asks_below*: *concerns* is ``Driver.announcing`` of the driver below, which need not be asked by itself then.
+    """
 
     child: Child
     concerns: Concerns | None = None
+    asks_below: bool = False
 
 
 class Straight(NamedTuple, Generic[R]):
@@ -57,8 +61,9 @@ def straight_read(edge: Child) -> Straight[Read]:
     path = [edge.node]
     mask, most = driver.limits.request_alignment - 1, driver.limits.max_transfer or _NO_LIMIT
     concerns: Concerns | None = None
-    while (bypass := driver.read_bypass()) is not None and (concerns is None or bypass.concerns is None):
-        concerns = concerns or bypass.concerns
+    asked = False
+    while (bypass := driver.read_bypass()) is not None and (concerns is None or bypass.concerns is None or asked):
+        concerns, asked = concerns or bypass.concerns, bypass.asks_below
         path.append(bypass.child.node)
         driver = bypass.child.node.driver
         mask |= driver.limits.request_alignment - 1
@@ -74,12 +79,13 @@ def straight_write(edge: Child) -> Straight[Write]:
     path = [edge.node]
     most = driver.limits.max_transfer or _NO_LIMIT
     concerns: Concerns | None = None
+    asked = False
     while (
         (bypass := driver.write_bypass()) is not None
-        and (concerns is None or bypass.concerns is None)
+        and (concerns is None or bypass.concerns is None or asked)
         and is_plain(bypass.child)
     ):
-        concerns = concerns or bypass.concerns
+        concerns, asked = concerns or bypass.concerns, bypass.asks_below
         path.append(bypass.child.node)
         driver = bypass.child.node.driver
         most = min(most, driver.limits.max_transfer or _NO_LIMIT)

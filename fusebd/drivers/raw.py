@@ -139,7 +139,7 @@ class Raw(FormatDriver):
         self.node.set_length(self._length_over(child))
 
     def read_bypass(self) -> Bypass | None:
-        return Bypass(self.file) if self.shows_child and "read_aio" not in self.file.events else None
+        return self._bypass("read_aio", "read") if self.shows_child else None
 
     def was_probed(self) -> None:
         self._probed = True
@@ -147,9 +147,14 @@ class Raw(FormatDriver):
         self.node.refresh_edges()
 
     def write_bypass(self) -> Bypass | None:
-        if self._probed:
-            return None
-        return Bypass(self.file) if self.shows_child and "write_aio" not in self.file.events else None
+        return self._bypass("write_aio", "write") if self.shows_child and not self._probed else None
+
+    def _bypass(self, event: str, operation: str) -> Bypass | None:
+        """Past here, if *event* need not be announced, or the child can do without hearing of it from here."""
+        if event not in self.file.events:
+            return Bypass(self.file)
+        concerns = self.file.driver.announcing(event, operation)
+        return None if concerns is None else Bypass(self.file, concerns, asks_below=True)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         file = self.file

@@ -14,6 +14,7 @@ from fusebd.block.node import Node
 from fusebd.drivers.blkdebug.driver import Blkdebug
 from fusebd.drivers.fault.commands import FaultRecord
 from fusebd.drivers.fault.driver import Fault
+from fusebd.drivers.raw import Raw
 from fusebd.drivers.throttle import Throttle
 from fusebd.errors import BlockIOError
 
@@ -182,3 +183,34 @@ async def test_reads_and_writes_at_the_same_offset_reach_a_raw_with_a_window(gra
     root = root_of(graph, "window", READ_WRITE)
     await write(root, 0, b"moved")
     assert memory.data[4096:4101] == b"moved"
+
+
+async def test_rules_that_every_read_arms_are_asked_on_the_way(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [{"event": "read_aio", "sector": FAR // 512}, {"event": "write_aio", "sector": FAR // 512}]
+    await chain(graph, {"driver": "blkdebug", "inject-error": rules})
+    seen = on_the_way(graph, monkeypatch, Blkdebug, Raw)
+    root = root_of(graph, "top", READ_WRITE)
+    driver = graph.nodes["filter0"].driver
+    assert isinstance(driver, Blkdebug)
+    await read(root, 0, 512)
+    assert seen == []
+    assert [rule["active"] for rule in driver.rules.describe()] == [True, False]
+    await write(root, 0, b"x" * 512)
+    assert seen == []
+    assert [rule["active"] for rule in driver.rules.describe()] == [False, True]
+    with pytest.raises(BlockIOError):
+        await read(root, FAR, 512)
+    with pytest.raises(BlockIOError):
+        await write(root, FAR, b"x" * 512)
+    assert [rule["hits"] for rule in driver.rules.describe()] == [1, 1]
+    assert seen == ["top", "filter0", "top", "filter0"]
+
+
+async def test_events_that_do_more_than_inject_are_announced_as_ever(graph: Graph) -> None:
+    settings = [{"event": "read_aio", "state": 1, "new_state": 2}]
+    errors = [{"event": "read_aio", "state": 2}]
+    await chain(graph, {"driver": "blkdebug", "inject-error": errors, "set-state": settings})
+    root = root_of(graph, "top", READ_WRITE)
+    await read(root, 0, 512)
+    with pytest.raises(BlockIOError):
+        await read(root, 0, 512)

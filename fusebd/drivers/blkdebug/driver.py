@@ -35,6 +35,7 @@ from fusebd.block.driver import (
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, Int32, Json, OptionStruct, Size
 from fusebd.block.perms import Perm, Role, default_perms
+from fusebd.block.straight import Concerns
 from fusebd.drivers.blkdebug.config import read_config
 from fusebd.drivers.blkdebug.rules import BlkdebugRule, InjectErrorOptions, Rule, RuleSet, SetStateOptions
 from fusebd.drivers.blkdebug.stops import Stop, Stops
@@ -239,6 +240,9 @@ class Blkdebug(FilterDriver):
 
     def write_bypass(self) -> Bypass | None:
         return Bypass(self.file, None if self._passes else self.rules.covering("write"))
+
+    def announcing(self, event: str, operation: str) -> Concerns | None:
+        return self.rules.announcing(event, operation)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         if self.rules.active:

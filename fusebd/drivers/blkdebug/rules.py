@@ -285,6 +285,22 @@ class RuleSet:
 
         return covered
 
+    def announcing(self, event: str, io_type: str) -> Callable[[int, int], bool]:
+        """The same together with the announcement of *event*; it is always true where that may do more than inject."""
+
+        def covered(offset: int, length: int) -> bool:
+            rules = self.always.get(event)
+            if rules is None:
+                return True
+            self.active = rules
+            for rule in rules:
+                place = rule.offset
+                if (place is None or offset <= place < offset + length) and io_type in rule.io_types:
+                    return True
+            return False
+
+        return covered
+
     def fire(self, io_type: str, offset: int, length: int) -> InjectRule | None:
         """The rule whose error the request gets, None if it goes through; counts it, and drops it if ``once``."""
         rule = next((rule for rule in self.active if rule.covers(io_type, offset, length)), None)
