@@ -136,6 +136,8 @@ class Driver:
     options_class: ClassVar[type[BlockdevOptions]]
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
+    #: the options of ``amend``; None: an image of this kind cannot be changed
+    amend_options: ClassVar[type[OptionStruct] | None] = None
     #: whether writes may have the flag COMPRESSED
     can_compress: ClassVar[bool] = False
     #: options, by their QAPI names, that decide what the node contains: they are part of a ``json:`` name
@@ -300,6 +302,13 @@ class Driver:
     def shows_child(self) -> bool:
         """Whether the content is that of the primary child, from the first byte to the last."""
         return self.is_filter
+
+    async def amend(self, options: Any) -> None:
+        """Change what the image is, as *options*, of ``amend_options``, say, durably; no request is under way.
+
+        Raises FusebdError; nothing has changed then.
+        """
+        raise NotSupported(node_name=self.node.name, operation="amend")
 
     # -- the host's file ------------------------------------------------------------------------
 

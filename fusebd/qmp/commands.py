@@ -18,7 +18,7 @@ from fusebd.block.membership import change_children
 from fusebd.block.options import Int, Json, OptionStruct
 from fusebd.block.reopen import reopen
 from fusebd.errors import BlockIOError, CommandError, GraphError
-from fusebd.qmp import bitmaps, exports, filecaches, filters, jobs, objects, queries, snapshots, transactions
+from fusebd.qmp import bitmaps, exports, filecaches, filters, images, jobs, objects, queries, snapshots, transactions
 from fusebd.qmp.drivercommands import driver_commands
 from fusebd.qmp.monitor import version_info
 from fusebd.qmp.table import CommandTable, Context, NoArguments
@@ -169,6 +169,7 @@ COMMANDS = CommandTable(
     transactions.COMMANDS,
     snapshots.COMMANDS,
     bitmaps.COMMANDS,
+    images.COMMANDS,
     jobs.COMMANDS,
     more=driver_commands,
 )

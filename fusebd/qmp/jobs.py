@@ -1,6 +1,6 @@
-"""The commands that start jobs, and those that follow and steer them.
+"""The commands that follow and steer jobs.
 
-Arguments and results: QEMU's qapi/job.json, qapi/block-core.json; texts: job-qmp.c, block/create.c.
+Arguments and results: QEMU's qapi/job.json; texts: job-qmp.c.
 """
 
 from __future__ import annotations
@@ -9,24 +9,12 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from fusebd.block.creation import parse_creation
 from fusebd.block.jobs import Jobs
 from fusebd.block.options import Json, OptionStruct
 from fusebd.qmp.table import Command, CommandTable, Context, NoArguments
 
 COMMANDS = CommandTable()
 command = COMMANDS.command
-
-
-class BlockdevCreate(OptionStruct, frozen=True, kw_only=True):
-    job_id: Annotated[str, Meta(description="name of the job")]
-    options: Annotated[dict[str, Json], Meta(description="the driver, and what it takes to make an image")]
-
-
-@command("blockdev-create", BlockdevCreate)
-async def blockdev_create(context: Context, arguments: BlockdevCreate) -> None:
-    create = parse_creation(context.graph, arguments.options, "options.")
-    context.service(Jobs).start(arguments.job_id, "create", create)
 
 
 @command("query-jobs")

@@ -39,6 +39,7 @@ from fusebd.block.snapshots import SnapshotStore
 from fusebd.crypto.ciphers import SECTOR
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
+from fusebd.drivers.qcow2.amending import AmendOptions, amend_header
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
 from fusebd.drivers.qcow2.compression import decompress_in_thread
@@ -88,6 +89,7 @@ class Qcow2(FormatDriver):
     changeable: ClassVar[frozenset[str] | None] = CHANGEABLE
     resettable = CHANGEABLE
     reopening = Qcow2Reopening
+    amend_options = AmendOptions
     can_compress = True
 
     def __init__(
@@ -265,6 +267,18 @@ class Qcow2(FormatDriver):
         """The tables map another disk, of *length* bytes."""
         self._forget_decompressed()
         self.node.set_length(length)
+
+    # -- being amended --------------------------------------------------------------------------
+
+    async def amend(self, options: AmendOptions) -> None:
+        """Change what the image is, as *options* say.  No request is under way.  Raises FusebdError."""
+        image = self._image
+        image.check_usable()
+        await self.write_out()
+        async with image.lock:
+            await amend_header(image, options)
+        if options.backing_file is not UNSET:
+            self._backing_name = self.header.backing_file
 
     # -- being checked --------------------------------------------------------------------------
 

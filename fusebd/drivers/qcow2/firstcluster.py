@@ -23,10 +23,13 @@ _ORDER = (
 )
 
 
-def build_first_cluster(fields: dict[str, Any], extensions: Sequence[tuple[int, bytes]], backing_file: str) -> bytes:
+def build_first_cluster(
+    fields: dict[str, Any], extensions: Sequence[tuple[int, bytes]], backing_file: str, unknown: bytes = b""
+) -> bytes:
     """The cluster for the header *fields* (but for where the backing file's name is), *extensions* and that name.
 
-    A feature table is added where images have one.  Raises ImageError (ENOSPC) if there is no room for it all.
+    *unknown* is what the header has behind its known fields.  A feature table is added where images have one.  Raises
+    ImageError (ENOSPC) if there is no room for it all.
     """
     cluster = 1 << fields["cluster_bits"]
     known = dict(extensions)
@@ -40,7 +43,7 @@ def build_first_cluster(fields: dict[str, Any], extensions: Sequence[tuple[int, 
     if place + len(name) > cluster:
         raise ImageError("No space left on device", errno=errno.ENOSPC)
     backing = {"backing_file_offset": place if name else 0, "backing_file_size": len(name)}
-    return (ondisk.build_header({**fields, **backing}) + body + name).ljust(cluster, b"\0")
+    return (ondisk.build_header({**fields, **backing}) + unknown + body + name).ljust(cluster, b"\0")
 
 
 def _extension(kind: int, content: bytes) -> bytes:
