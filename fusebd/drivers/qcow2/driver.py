@@ -41,6 +41,7 @@ from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.amending import AmendOptions, amend_header
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
+from fusebd.drivers.qcow2.cleaning import Cleaner
 from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
 from fusebd.drivers.qcow2.compression import decompress_in_thread
 from fusebd.drivers.qcow2.encryption import Encryption, unlock_image
@@ -113,6 +114,7 @@ class Qcow2(FormatDriver):
         self._zeroer = Zeroer(image, tables, refcounts, self._allocator, options)
         self._resizer = Resizer(image, tables, refcounts, self._allocator, self._zeroer, self.pwritev)
         self._flushing = Mutex()
+        self._cleaner = Cleaner(image, options.cache_clean_interval, tables, refcounts)
         self._sealed = 0  #: lists of freed clusters that the flush under way makes releasable
         self._decompressed: tuple[int, bytes] = (-1, b"")  #: the compressed cluster that was read last, by its L2 entry
         self._snapshot_store = Qcow2Snapshots(
@@ -189,6 +191,7 @@ class Qcow2(FormatDriver):
             await _prepare_for_writing(image, tables, refcounts, snapshots)
         driver = cls(node, image, tables, refcounts, snapshots)
         await driver._bitmaps.load()
+        driver._cleaner.start()
         return driver
 
     async def close(self) -> None:
@@ -235,6 +238,7 @@ class Qcow2(FormatDriver):
 
     def drop(self) -> None:
         """Let go of what is cached."""
+        self._cleaner.stop()
         # The parts of a driver refer to each other, so that the collector finds them late: not with their tables.
         self._tables.drop()
         self._refcounts.drop()

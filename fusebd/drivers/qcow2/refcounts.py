@@ -128,6 +128,13 @@ class Refcounts:
                 await self._write_block(block)
             self.blocks.pop(block.index, None)
 
+    def drop_unused(self) -> None:
+        """Drop the blocks that are not dirty and were not used since the last call."""
+        for index, block in list(self.blocks.items()):
+            if not block.used and not block.dirty:
+                del self.blocks[index]
+            block.used = False
+
     async def _write_block(self, block: Block) -> None:
         image = self.image
         await image.check_overlap(block.host_offset, image.cluster_size, OL_REFCOUNT_BLOCK)

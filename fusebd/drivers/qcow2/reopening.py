@@ -84,4 +84,6 @@ class Qcow2Reopening(Reopening):
             self.driver.drop()
 
     def undo(self) -> None:
+        if self._after is not None:
+            self._after.drop()
         self.driver.back_by(self.node.backing)

@@ -196,6 +196,13 @@ class Tables:
                 await self._write_slice(oldest)
             self.slices.pop(oldest.number, None)
 
+    def drop_unused(self) -> None:
+        """Drop the slices that are not dirty and were not used since the last call."""
+        for number, item in list(self.slices.items()):
+            if not item.used and not item.dirty:
+                del self.slices[number]
+            item.used = False
+
     # -- writing back ---------------------------------------------------------------------------
 
     async def _prepare_write(self) -> None:
