@@ -21,7 +21,7 @@ from images import check_image, content, create, io
 from mounting import run
 from support import READ_WRITE, read, root_of, write
 
-from fusebd.block.child import MAY_UNMAP
+from fusebd.block.child import COMPRESSED, MAY_UNMAP
 from fusebd.block.graph import Graph
 from fusebd.block.root import Root
 
@@ -60,7 +60,7 @@ class Kind:
 
     @property
     def compresses(self) -> bool:
-        """Whether QEMU can compress a cluster that was used before."""
+        """Whether a cluster that was used before can be compressed."""
         return self.data_file == "none" and self.discards
 
     @property
@@ -289,8 +289,10 @@ class Disk:
         assert not graph.close_failures
 
     async def _request(self, root: Root) -> None:
-        action = self.rng.choice(["write", "write", "write", "zero", "unmap", "discard", "read", "read", "flush"])
-        start, length = self.whole_clusters() if action == "discard" else self.somewhere()
+        action = self.rng.choice(
+            ["write", "write", "write", "zero", "unmap", "discard", "compress", "read", "read", "flush"]
+        )
+        start, length = self.whole_clusters() if action in ("discard", "compress") else self.somewhere()
         if action == "write":
             data = self.rng.randbytes(length)
             self.set(start, data)
@@ -302,6 +304,12 @@ class Disk:
             if self.kind.discards:
                 self.set(start, bytes(length))
             await root.pdiscard(start, length)
+        elif action == "compress":
+            if self.kind.compresses:
+                data = (self.rng.randbytes(self.rng.randrange(1, 100)) * length)[:length]
+                self.set(start, data)
+                await root.pdiscard(start, length)
+                await root.pwritev(start, (memoryview(data),), COMPRESSED)
         elif action == "read":
             assert await read(root, start, length) == self.model[start : start + length]
         else:
