@@ -39,7 +39,7 @@ def create(
     return path
 
 
-def io(path: Path, *commands: str, options: Sequence[str] = (), expect: Sequence[int] = (0,)) -> str:
+def io(path: str | Path, *commands: str, options: Sequence[str] = (), expect: Sequence[int] = (0,)) -> str:
     """Run qemu-io *commands* on the qcow2 image *path*; what they print."""
     words = [word for command in commands for word in ("-c", command)]
     return run("qemu-io", "-f", "qcow2", "-d", "unmap", *options, *words, path, expect=expect)

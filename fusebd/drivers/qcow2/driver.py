@@ -610,7 +610,7 @@ class Qcow2(FormatDriver):
         if header.data_file:
             data["data-file"] = header.data_file
         if header.has_data_file:
-            data["data-file-raw"] = self._image.is_raw
+            data["data-file-raw"] = self._image.has_raw_flag
         if self._image.encryption is not None:
             data["encrypt"] = self._image.encryption.info
         info: dict[str, Json] = {

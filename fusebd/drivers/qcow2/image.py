@@ -229,7 +229,12 @@ class Image:
 
     @property
     def is_raw(self) -> bool:
-        """Whether the data file has to read as the disk does by itself."""
+        """Whether the data file has to read as the disk does by itself; an encrypted one cannot."""
+        return self.has_raw_flag and self.encryption is None
+
+    @property
+    def has_raw_flag(self) -> bool:
+        """Whether the header says that it has to."""
         return self.data_file is not None and bool(self.header.autoclear_features & ondisk.AUTOCLEAR_DATA_FILE_RAW)
 
     async def write(self, offset: int, data: bytes | bytearray) -> None:
