@@ -13,9 +13,9 @@ from typing import Any
 import trio
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from fusebd.crypto import SECTOR
 from fusebd.errors import ImageError
 
-SECTOR = 512
 #: so many bytes are encrypted in a tenth of a millisecond; what is longer goes to a worker thread
 _LONG = 8 << 10
 

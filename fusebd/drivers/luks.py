@@ -5,7 +5,7 @@ Options: QAPI BlockdevOptionsLUKS.  Behaviour: QEMU block/crypto.c.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -22,10 +22,12 @@ from fusebd.block.driver import (
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Json
 from fusebd.block.perms import Role
-from fusebd.crypto.ciphers import SECTOR
-from fusebd.crypto.luks import LuksVolume, unlock
+from fusebd.crypto import SECTOR
 from fusebd.errors import BlockIOError, ImageError, OptionError
 from fusebd.ondisk import luks as ondisk
+
+if TYPE_CHECKING:
+    from fusebd.crypto.luks import LuksVolume
 
 #: the most that is encrypted at once, in bytes
 _MAX_TRANSFER = 1 << 20
@@ -65,6 +67,8 @@ class Luks(FormatDriver):
             header = await opening.child("header", options.header, Role.METADATA)
         if options.key_secret is UNSET:
             raise OptionError("Parameter 'key-secret' is required for cipher")
+        from fusebd.crypto.luks import unlock  # OpenSSL takes some megabytes
+
         password = opening.graph.objects.password(str(options.key_secret))
 
         async def read(offset: int, length: int) -> bytes:

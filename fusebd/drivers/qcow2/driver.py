@@ -36,7 +36,7 @@ from fusebd.block.opening import Opening
 from fusebd.block.options import Json, OptionStruct
 from fusebd.block.perms import Role
 from fusebd.block.snapshots import SnapshotStore
-from fusebd.crypto.ciphers import SECTOR
+from fusebd.crypto import SECTOR
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.amending import AmendOptions, amend_header

@@ -9,19 +9,22 @@ Behaviour and messages: QEMU block/qcow2.c, crypto/block-qcow.c.  Specification:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
 from fusebd.block.child import Buffers, Child, copy_into, nbytes
 from fusebd.block.objects import Objects
 from fusebd.block.options import Json
-from fusebd.crypto.ciphers import SECTOR, SectorCipher
-from fusebd.crypto.luks import unlock
+from fusebd.crypto import SECTOR
 from fusebd.drivers.qcow2.data import DataFile
 from fusebd.drivers.qcow2.header import Header, read_bytes
 from fusebd.drivers.qcow2.options import Encryption as EncryptionOptions
 from fusebd.errors import ImageError, OptionError
 from fusebd.ondisk import qcow2 as ondisk
+
+if TYPE_CHECKING:
+    from fusebd.crypto.ciphers import SectorCipher
 
 _FORMATS = {ondisk.CRYPT_AES: "aes", ondisk.CRYPT_LUKS: "luks"}
 _AES_KEY_BYTES = 16
@@ -72,6 +75,10 @@ async def unlock_image(
         raise OptionError(f"Header reported '{kind}' encryption format but options specify '{given}'")
     if isinstance(options, UnsetType) or options.key_secret is UNSET:
         raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
+    # with OpenSSL they take some megabytes, which other images need not pay for
+    from fusebd.crypto.ciphers import SectorCipher
+    from fusebd.crypto.luks import unlock
+
     password = objects.password(str(options.key_secret))
     if header.crypt_method == ondisk.CRYPT_AES:
         key = password[:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")

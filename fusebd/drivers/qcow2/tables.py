@@ -10,6 +10,7 @@ Order of writes, events, messages: QEMU block/qcow2-cache.c, l2_allocate and get
 from __future__ import annotations
 
 from array import array
+from functools import cache
 from typing import TypeAlias
 
 from fusebd.drivers.qcow2 import mapping, subclusters
@@ -58,6 +59,12 @@ class Slice:
             self.bitmaps[index] = bitmap
 
 
+@cache
+def _mixed_mask(entries: int) -> int:
+    """The flag MIXED of so many entries in a row, as a number."""
+    return int.from_bytes(mapping.MIXED.to_bytes(8, "big") * entries, "big")
+
+
 def _unaligned(table_offset: int, l1_index: int) -> str:
     return f"L2 table offset {table_offset:#x} unaligned (L1 index: {hexadecimal(l1_index)})"
 
@@ -73,7 +80,7 @@ class Tables:
         self.words = 2 if image.header.extended_l2 else 1  #: 64-bit words of an L2 entry
         self.slice_entries = slice_bytes // (8 * self.words)
         self.entry_mask = self.slice_entries - 1
-        self._mixed = int.from_bytes(mapping.MIXED.to_bytes(8, "big") * self.slice_entries, "big")
+        self._mixed = _mixed_mask(self.slice_entries)
         self.slice_shift = image.cluster_bits + self.slice_entries.bit_length() - 1
         self.slices_per_table = image.cluster_size // slice_bytes
         self.l1_shift = self.slice_shift + self.slices_per_table.bit_length() - 1
