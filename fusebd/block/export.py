@@ -28,8 +28,6 @@ from fusebd.errors import FusebdError, GraphError, OptionError
 
 log = logging.getLogger(__name__)
 
-#: how messages call an export, as the user of a node (QEMU: a BlockBackend without a name)
-
 
 class ExportOptions(OptionStruct, frozen=True, kw_only=True):
     """Options that every export takes."""

@@ -33,14 +33,13 @@ _VERBS = {
 
 
 class Job:
-    """One job; *kind* is its QAPI JobType.  Its progress is 0 of 1, and then 1 of 1."""
+    """One job; *kind* is its QAPI JobType.  Its progress is 0 of 1 until it is finished."""
 
     def __init__(self, id: str, kind: str) -> None:  # noqa: A002
         self.id = id
         self.kind = kind
         self.status = "undefined"
         self.error: str | None = None
-        self.progress = 0
         self.paused = False
         self.scope = trio.CancelScope()
 
@@ -50,7 +49,7 @@ class Job:
             "id": self.id,
             "type": self.kind,
             "status": self.status,
-            "current-progress": self.progress,
+            "current-progress": int(self.status not in _UNFINISHED),
             "total-progress": 1,
         }
         return info if self.error is None else {**info, "error": self.error}
@@ -85,7 +84,6 @@ class Jobs:
                 job.error = str(error)
         if job.scope.cancelled_caught:
             job.error = os.strerror(errno.ECANCELED)
-        job.progress = 1
         for status in ("waiting", "pending") if job.error is None else ("aborting",):
             self._enter(job, status)
         self._enter(job, "concluded")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fusebd.block.driver import Preallocation
     from fusebd.block.node import Node
 
-#: the description of a user of whom nothing more is known
+#: the description of a user of whom nothing more is known (QEMU: a BlockBackend without a name)
 UNNAMED = "an unnamed block device"
 
 

@@ -47,8 +47,7 @@ class Secret(UserObject):
 
     def __init__(self, options: SecretOptions) -> None:
         super().__init__(options)
-        self._has_vector = options.iv is not UNSET
-        self._given = {name for name in ("data", "file", "keyid") if getattr(options, name) is not UNSET}
+        self._given = {name for name in ("data", "file", "keyid", "iv") if getattr(options, name) is not UNSET}
 
     async def complete(self, objects: Objects) -> None:
         """Suspends while the file is read.  Raises OptionError, OpenError."""
@@ -64,7 +63,7 @@ class Secret(UserObject):
             key = objects.secret(self.values["keyid"]).value
             if len(key) != _KEY_LENGTH:
                 raise OptionError(f"Key should be {_KEY_LENGTH} bytes in length")
-            if not self._has_vector:
+            if "iv" not in self._given:
                 raise OptionError("IV is required to decrypt secret")
             vector = _from_base64(self.values["iv"].encode(errors="surrogateescape"))
             if len(vector) != _BLOCK:

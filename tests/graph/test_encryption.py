@@ -11,14 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import disks
 import pytest
+from disks import change, closed
 from images import patch, u32
 from mounting import run
-from support import READ_WRITE, read, root_of, write
+from support import read, write
 
-from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
-from fusebd.block.perms import Perm
 from fusebd.block.root import Root
 from fusebd.errors import FusebdError
 from fusebd.ondisk import luks as ondisk
@@ -124,40 +124,13 @@ async def with_secret(graph: Graph, text: str = "open sesame") -> None:
 
 
 async def opened(graph: Graph, path: Path, driver: str, **options: Any) -> Root:
+    key: Any = {"key-secret": "key"}
     if driver == "qcow2":
-        options["encrypt"] = {"format": QCOW2_FORMAT[path.name], "key-secret": "key"}
-    else:
-        options["key-secret"] = "key"
-    file = {"driver": "file", "filename": str(path)}
-    await graph.blockdev_add({"driver": driver, "node-name": "disk", "discard": "unmap", "file": file, **options})
-    return root_of(graph, "disk", READ_WRITE | Perm.RESIZE)
+        key = {"encrypt": {"format": QCOW2_FORMAT[path.name], **key}}
+    return await disks.opened(graph, path, driver=driver, **key, **options)
 
 
 QCOW2_FORMAT = {name: str(options["encrypt.format"]) for name, options in QCOW2.items()}
-
-
-async def closed(graph: Graph, root: Root) -> None:
-    await graph.detach_root(root)
-    await graph.blockdev_del("disk")
-
-
-async def change(root: Root, model: bytearray, rng: random.Random) -> None:
-    """Some random writes, zero writes and discards."""
-    for _ in range(12):
-        start = rng.randrange(len(model))
-        length = min(rng.choice([1, 512, 4096, 3 * 4096, 100_000]), len(model) - start)
-        kind = rng.randrange(5)
-        if kind < 3:
-            data = rng.randbytes(length)
-            await write(root, start, data)
-            model[start : start + length] = data
-        elif kind == 3:
-            await root.pwrite_zeroes(start, length, rng.choice([0, MAY_UNMAP]))
-            model[start : start + length] = bytes(length)
-        else:
-            await root.pdiscard(start, length)
-            model[start : start + length] = await read(root, start, length)
-    assert await read(root, 0, len(model)) == model
 
 
 @pytest.mark.parametrize("name", LUKS)
@@ -169,7 +142,8 @@ async def test_a_luks_disk_in_turn_with_qemu(graph: Graph, tmp_path: Path, luks:
         model = bytearray(content(path, "luks"))
         root = await opened(graph, path, "luks")
         assert root.length == SIZE
-        await change(root, model, rng)
+        await change(root, model, rng, 12, 4096)
+        assert await read(root, 0, len(model)) == model
         await closed(graph, root)
         assert content(path, "luks") == model
         io(path, "luks", f"write -P {round_ + 1} {round_ * 7}k 30k")
@@ -184,7 +158,8 @@ async def test_an_encrypted_image_in_turn_with_qemu(graph: Graph, tmp_path: Path
     for round_ in range(4):
         model = bytearray(content(path, "qcow2"))
         root = await opened(graph, path, "qcow2")
-        await change(root, model, rng)
+        await change(root, model, rng, 12, 4096)
+        assert await read(root, 0, len(model)) == model
         await write(root, 64 * K, b"plain text " * 1000)
         model[64 * K : 64 * K + 11000] = b"plain text " * 1000
         await closed(graph, root)

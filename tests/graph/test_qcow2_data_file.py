@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import change, closed, file, opened
 from images import check_image, content, create, info, io, patch, u64
 from mounting import run
-from support import READ_WRITE, read, root_of, write
+from support import read, write
 
 from fusebd.block.blockstatus import block_status_above
-from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
-from fusebd.block.perms import Perm
-from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, FusebdError
 from fusebd.ondisk import qcow2 as ondisk
@@ -29,44 +27,6 @@ def image(directory: Path, *, raw: bool = False, **options: Any) -> Path:
     return create(directory / "image", SIZE, data_file_raw="on" if raw else "off", **options)
 
 
-def file(path: Path) -> dict[str, Any]:
-    return {"driver": "file", "filename": str(path)}
-
-
-async def opened(graph: Graph, path: Path, **options: Any) -> Root:
-    await graph.blockdev_add(
-        {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": file(path), **options}
-    )
-    return root_of(graph, "disk", READ_WRITE | Perm.RESIZE)
-
-
-async def closed(graph: Graph, root: Root) -> None:
-    await graph.detach_root(root)
-    await graph.blockdev_del("disk")
-
-
-async def change(root: Root, model: bytearray, rng: random.Random, count: int) -> None:
-    """Random writes, zero writes and discards, and reads that have to find what *model* has."""
-    for _ in range(count):
-        start = rng.randrange(len(model))
-        length = min(rng.choice([1, 512, 4096, CLUSTER, 3 * CLUSTER, 100_000]), len(model) - start)
-        kind = rng.randrange(6)
-        if kind < 3:
-            data = rng.randbytes(length)
-            await write(root, start, data)
-            model[start : start + length] = data
-        elif kind == 3:
-            await root.pwrite_zeroes(start, length, rng.choice([0, MAY_UNMAP]))
-            model[start : start + length] = bytes(length)
-        elif kind == 4:
-            start, length = start // CLUSTER * CLUSTER, CLUSTER
-            length = min(length, len(model) - start)
-            await root.pdiscard(start, length)
-            model[start : start + length] = await read(root, start, length)
-        else:
-            assert await read(root, start, length) == model[start : start + length]
-
-
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc"])
 async def test_random_changes_are_those_that_qemu_reads(
@@ -76,7 +36,7 @@ async def test_random_changes_are_those_that_qemu_reads(
     model, rng = bytearray(SIZE), random.Random(f"{raw}{preallocation}")
     for _ in range(3):
         root = await opened(graph, path)
-        await change(root, model, rng, 60)
+        await change(root, model, rng, 60, CLUSTER)
         assert await read(root, 0, SIZE) == model
         await closed(graph, root)
         assert content(path) == model
@@ -162,7 +122,7 @@ async def test_a_backing_file_shows_where_nothing_was_written(graph: Graph, tmp_
     )
     model = bytearray(base.read_bytes())
     root = await opened(graph, path)
-    await change(root, model, random.Random(4), 80)
+    await change(root, model, random.Random(4), 80, CLUSTER)
     assert await read(root, 0, SIZE) == model
     await closed(graph, root)
     assert content(path) == model

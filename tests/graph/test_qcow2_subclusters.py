@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import closed, opened
 from images import check_image, content, create, info, io, patch, u64
 from mounting import run
-from support import READ_WRITE, read, root_of, write
+from support import read, write
 
 from fusebd.block.blockstatus import block_status_above
 from fusebd.block.child import MAY_UNMAP
 from fusebd.block.graph import Graph
-from fusebd.block.perms import Perm
 from fusebd.block.root import Root
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError
@@ -93,22 +93,6 @@ def changes(rng: random.Random, count: int) -> list[Change]:
         kind = rng.choice(["write", "write", "write", "zero", "unmap", "discard"])
         made.append(Change(kind, offset, min(length, SIZE - offset), rng.randrange(1, 200)))
     return made
-
-
-def file(path: Path) -> dict[str, Any]:
-    return {"driver": "file", "filename": str(path)}
-
-
-async def opened(graph: Graph, path: Path, **options: Any) -> Root:
-    await graph.blockdev_add(
-        {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": file(path), **options}
-    )
-    return root_of(graph, "disk", READ_WRITE | Perm.RESIZE)
-
-
-async def closed(graph: Graph, root: Root) -> None:
-    await graph.detach_root(root)
-    await graph.blockdev_del("disk")
 
 
 def entries(path: Path) -> list[tuple[str, int]]:

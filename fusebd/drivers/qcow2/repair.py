@@ -90,7 +90,6 @@ class Checker:
     async def _compare(self, count: ReferenceCounts, *, fix_leaks: bool, fix_errors: bool) -> None:
         """Refcounts with references."""
         image, refcounts, result = self._image, self._refcounts, self.result
-        counted = dict(count.all())
         clusters = -(-image.file.node.driver.length >> image.cluster_bits)
         highest = -1
         for index in range(len(refcounts.table)):
@@ -99,7 +98,7 @@ class Checker:
                 continue
             block = await refcounts.block(index)
             for at in range(refcounts.per_block):
-                stored, right = refcounts.width.get(block.data, at), counted.get(first + at, 0)
+                stored, right = refcounts.width.get(block.data, at), count.of(first + at)
                 if not stored and not right:
                     continue
                 highest = first + at
@@ -116,13 +115,14 @@ class Checker:
                     result.leaks += leak
                     result.corruptions += not leak
             await trio.lowlevel.checkpoint()
+        refcounts.free_hint = 0  # what has leaked is free now
         # now that the others are right, new blocks can be allocated for these
-        missing = [at for at in counted if not refcounts.block_offset(at // refcounts.per_block)]
-        for cluster in missing:
-            right = counted[cluster]
+        missing = [found for found in count.all() if not refcounts.block_offset(found[0] // refcounts.per_block)]
+        end = max([clusters, *(cluster + 1 for cluster, _ in missing)])
+        for cluster, right in missing:
             highest = max(highest, cluster)
             log.error("%s: cluster %d has no refcount, and %d references", image.node.name, cluster, right)
-            mended = fix_errors and await self._count_again(cluster, right, max(clusters, max(counted) + 1))
+            mended = fix_errors and await self._count_again(cluster, right, end)
             result.corruptions_fixed += mended
             result.corruptions += not mended
         result.image_end = highest + 1 << image.cluster_bits
