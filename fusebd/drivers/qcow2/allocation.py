@@ -227,10 +227,10 @@ class Allocator:
         else:
             number = mapping.allocation_run(entries, at, limit)
         first_entry, last_entry = entry, entries[at + number - 1]
-        first_bitmap, last_bitmap = item.bitmap(at), item.bitmap(at + number - 1)
-        for old, bitmap, index in ((first_entry, first_bitmap, at), (last_entry, last_bitmap, at + number - 1)):
-            if not subclusters.is_valid(old, bitmap):
-                raise await image.corrupt(item.invalid_entry(index))
+        first_bitmap = last_bitmap = 0
+        if self.tables.words == 2:
+            first_bitmap = await self._valid_bitmap(item, at)
+            last_bitmap = await self._valid_bitmap(item, at + number - 1)
         if not keep:
             host_offset = await self._take(first, number)
         in_cluster = guest_offset & image.cluster_mask
@@ -242,21 +242,25 @@ class Allocator:
             if not keep and image.usable:
                 await self._give_back(host_offset, number)
             raise
-        if (
-            kind == mapping.SEVERAL
-            and keep
-            and not subclusters.bits(
+        if kind == mapping.SEVERAL and keep:
+            touched = subclusters.bits(
                 in_cluster >> image.granule_bits, ((in_cluster + length - 1) >> image.granule_bits) + 1
             )
-            & ~first_bitmap
-        ):
-            return piece  # all that it touches is allocated
+            if not touched & ~first_bitmap:
+                return piece  # all of it is allocated
         if not keep or kind != mapping.DATA:
             piece.fresh = not keep
             piece.first, piece.last = (first_entry, first_bitmap), (last_entry, last_bitmap)
             piece.head, piece.tail = self._head(piece), self._tail(piece)
             piece.in_flight = self.begin(first, first + number)
         return piece
+
+    async def _valid_bitmap(self, item: Slice, index: int) -> int:
+        """The bitmap of the cluster with entry *index*.  Corruption if there can be no such."""
+        bitmap = item.bitmap(index)
+        if not subclusters.is_valid(item.entries[index], bitmap):
+            raise await self.image.corrupt(item.invalid_entry(index))
+        return bitmap
 
     def _head(self, piece: Piece) -> int:
         """How many bytes before *piece*, in its first cluster, its host cluster does not have yet but is to have."""
