@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("what", choices=("fio", "filters", "startup"), nargs="?", default="fio", help="what to measure (default: fio)")
-    add("--stacks", type=_names(STACKS), metavar="A,B", help=f"of fio (default: {','.join(USUAL_STACKS)})")
+    add("--stacks", type=_names(STACKS), metavar="A,B", help=f"of fio (default: {','.join(USUAL_STACKS)}), or filters")
     add("--cells", type=_names(CELLS), metavar="A,B", help=f"default: {','.join(USUAL_CELLS)}, or the stack's own")
     add("--servers", type=_names(SERVERS), metavar="A,B", help="default: all that can be run")
     add("--rounds", type=int, default=_FULL_ROUNDS, metavar="N", help="default: %(default)s, which is a full run")
@@ -112,7 +112,9 @@ def _measure(parsed: argparse.Namespace, plan: Plan, servers: list[str]) -> Gene
         yield from measure_starts(plan)
     elif parsed.what == "filters":
         for plain, filtered in FILTERED.items():
-            yield from measure(plan, (plain, *filtered), [server for server in servers if server != BARE])
+            asked = [stack for stack in filtered if parsed.stacks is None or stack in parsed.stacks]
+            if asked:
+                yield from measure(plan, (plain, *asked), [server for server in servers if server != BARE])
     else:
         for stack in parsed.stacks or USUAL_STACKS:
             yield from measure(plan, [stack], servers)

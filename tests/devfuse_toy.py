@@ -56,6 +56,7 @@ class Toy(FileSystem):
         self.held = 0
         self.held_back = 0
         self.gate = trio.Event()
+        self.queued_reads = {}
         self.backing = os.open(backing, os.O_RDWR) if backing else None
 
     def _note(self, method: str, *arguments: int) -> None:

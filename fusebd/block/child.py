@@ -17,6 +17,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from fusebd.block.perms import Perm, Role
+from fusebd.block.queueing import Batch, Done
 from fusebd.block.straight import straight_read, straight_write
 from fusebd.errors import BlockIOError, NotSupported, ReadOnlyError
 
@@ -102,6 +103,7 @@ class Child:
         "_max_transfer",
         "_may_grow",
         "_perm",
+        "_queue_read",
         "_read",
         "_read_concerns",
         "_read_counters",
@@ -159,8 +161,9 @@ class Child:
         self._mask = driver.limits.request_alignment - 1
         self._max_transfer = driver.limits.max_transfer or _NO_LIMIT
         self.watches = [watch for watch in self.node.watches if watch.concerns(self)]
-        self._read, self._read_mask, self._read_most, self._read_concerns, self._read_counters = straight_read(self)
-        self._write, _, self._write_most, self._write_concerns, self._write_counters = straight_write(self)
+        read, write = straight_read(self), straight_write(self)
+        self._read, self._read_mask, self._read_most, self._read_concerns, self._read_counters, self._queue_read = read
+        self._write, _, self._write_most, self._write_concerns, self._write_counters, _ = write
         if self.parent is not None and self.parent.is_open:
             self.parent.driver.child_refreshed(self)
             self.parent.refresh_edges()
@@ -204,6 +207,36 @@ class Child:
         counters.rd_operations += 1
         counters.rd_bytes += size
         counters.rd_total_time_ns += perf_counter_ns() - began
+
+    @property
+    def queues_reads(self) -> bool:
+        """Whether ``queue_read`` may take any."""
+        return self._queue_read is not None
+
+    def queue_read(self, offset: int, buf: memoryview, done: Done) -> Batch | None:
+        """A ``QueueRead`` (``fusebd.block.queueing``): what does not end with all of *buf* read is counted nowhere."""
+        size, queue = len(buf), self._queue_read
+        if queue is None or not self._may_queue(offset, size):
+            return None
+        counters, began = self._read_counters, perf_counter_ns()
+
+        def finished(result: int) -> None:
+            if result == size:
+                counters.rd_operations += 1
+                counters.rd_bytes += size
+                counters.rd_total_time_ns += perf_counter_ns() - began
+            done(result)
+
+        return queue(offset, buf, finished)
+
+    def _may_queue(self, offset: int, size: int) -> bool:
+        """Whether a read of *size* bytes is as plain as the queue of the driver below needs it."""
+        return (
+            0 < size <= self._read_most
+            and offset + size <= self.driver.length
+            and not (offset | size) & self._read_mask
+            and (self._read_concerns is None or not self._read_concerns(offset, size))
+        )
 
     async def _preadv_pieces(self, offset: int, bufs: Buffers, size: int) -> None:
         length, mask = self.driver.length, self._mask

@@ -35,6 +35,7 @@ from fusebd.block.options import (
 )
 from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.block.qjson import loads
+from fusebd.block.queueing import QueueRead
 from fusebd.block.reopening import Reopening
 from fusebd.block.status import BlockStatus, Status
 from fusebd.block.straight import Bypass, Concerns
@@ -211,6 +212,10 @@ class Driver:
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         """Fill *bufs* with the bytes from byte *offset* on: all of them, or raise BlockIOError."""
         raise NotSupported(node_name=self.node.name, operation="read")
+
+    def read_queue(self) -> QueueRead | None:
+        """What takes reads without a task, as long as ``Node.refresh_edges`` is not called; None: nothing."""
+        return None
 
     def read_bypass(self) -> Bypass | None:
         """Where reads need not come here for, as long as ``Node.refresh_edges`` is not called; None: nowhere."""

@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -22,6 +23,7 @@ from fusebd.errors import BlockIOError, NotSupported
 if TYPE_CHECKING:
     from fusebd.block.driver import Preallocation
     from fusebd.block.node import Node
+    from fusebd.block.queueing import Batch, Done
 
 #: the description of a user of whom nothing more is known (QEMU: a BlockBackend without a name)
 UNNAMED = "an unnamed block device"
@@ -75,6 +77,28 @@ class Root(Child):
             self.in_flight -= 1
             if self._idle is not None:
                 self._check_idle()
+
+    def queue_read(self, offset: int, buf: memoryview, done: Done) -> Batch | None:
+        # What Child's does and some more, in one call of another instead of two.
+        size, queue = len(buf), self._queue_read
+        if queue is None or self._gate is not None or not self._may_queue(offset, size):
+            return None
+        counters, began = self._read_counters, perf_counter_ns()
+
+        def finished(result: int) -> None:
+            if result == size:
+                counters.rd_operations += 1
+                counters.rd_bytes += size
+                counters.rd_total_time_ns += perf_counter_ns() - began
+            self.in_flight -= 1
+            if self._idle is not None:
+                self._check_idle()
+            done(result)
+
+        batch = queue(offset, buf, finished)
+        if batch is not None:
+            self.in_flight += 1
+        return batch
 
     async def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> None:
         """Write *bufs* from byte *offset* on; EIO if any of it is past the end and the edge may not resize."""

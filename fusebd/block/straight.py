@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from fusebd.block.node import Counters, Tally
+from fusebd.block.queueing import QueueRead
 
 if TYPE_CHECKING:
     from fusebd.block.child import Buffers, Child
@@ -45,7 +46,7 @@ class Straight(NamedTuple, Generic[R]):
     """*request* goes to the driver at the end of the path.
 
     It takes offsets and lengths that *mask* has no bit of, and at most *most* bytes.  *counters* are for all nodes on
-    the way.
+    the way.  *queue* is what the driver has for reads without a task.
     """
 
     request: R
@@ -53,6 +54,7 @@ class Straight(NamedTuple, Generic[R]):
     most: int
     concerns: Concerns | None
     counters: Counters
+    queue: QueueRead | None = None
 
 
 def straight_read(edge: Child) -> Straight[Read]:
@@ -68,7 +70,7 @@ def straight_read(edge: Child) -> Straight[Read]:
         driver = bypass.child.node.driver
         mask |= driver.limits.request_alignment - 1
         most = min(most, driver.limits.max_transfer or _NO_LIMIT)
-    return Straight(driver.preadv, mask, most, concerns, _counters(path))
+    return Straight(driver.preadv, mask, most, concerns, _counters(path), driver.read_queue())
 
 
 def straight_write(edge: Child) -> Straight[Write]:

@@ -42,6 +42,7 @@ from fusebd.fuse.arena import Arena
 from fusebd.fuse.asked import ENOUGH, asked
 from fusebd.fuse.notices import Notices
 from fusebd.fuse.passthrough import Backings
+from fusebd.fuse.queuedreads import QueuedRead, QueuedReads, Room
 from fusebd.fuse.transport import MAX_REQUEST, Changes, FileSystem, Opened, current_request
 from fusebd.fuse.wire import Fattr, Fopen, InHeader, Init, Opcode
 
@@ -76,11 +77,12 @@ _TURN, _SHORT_TURN = 0.002, 0.0003
 #: 20 and more (4 KiB reads at depth 1: 19,000/s waiting, 34,000/s polling).  So where requests come in quick
 #: succession, the device is polled for a while, in seconds, before it is waited for.
 _POLL_TIME, _SHORT_WAIT = 50e-6, 100e-6
-#: readers that are kept for the next request that suspends
+#: readers that are kept for the next request that suspends, and memory for the next reader
 _MAX_IDLE = 32
 
 _HEAD = wire.IO_REQUEST.size
 _OUT = wire.OUT_HEADER.size
+_pack_head = wire.OUT_HEADER.struct.pack
 _WRITE_REPLY = Struct("=IiQI4x")
 #: the connection has ended: unmounted, or aborted
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE)
@@ -115,15 +117,13 @@ def _poll(poll: Callable[[int], Sequence[object]]) -> bool:
 
 
 class _Reader:
-    """What belongs to one reader task: the memory for its request, the headers apart from the data."""
+    """What belongs to one reader task: the memory for its request."""
 
     __slots__ = ("data", "has_turn", "head", "poll", "room", "serving", "transport")
 
-    def __init__(self, transport: DevfuseTransport, data: memoryview, descriptor: int) -> None:
+    def __init__(self, transport: DevfuseTransport, room: Room, descriptor: int) -> None:
         self.transport = transport
-        self.head = memoryview(bytearray(_HEAD))
-        self.data = data
-        self.room = (self.head, self.data)
+        self.use(room)
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         self.poll = poller.poll
@@ -131,6 +131,11 @@ class _Reader:
         self.serving = False
         #: it is this one that waits when there is nothing to read
         self.has_turn = True
+
+    def use(self, room: Room) -> None:
+        """Read to *room* from now on."""
+        self.room = room
+        self.head, self.data = room
 
     # who asked (fusebd.block.caller): read from the header only where somebody wants to know
 
@@ -159,6 +164,7 @@ class _Reader:
         if self.serving:
             self.serving = False
             self.transport._suspended += 1
+            self.transport._reads.submit()
             if self.has_turn:
                 self.has_turn = False
                 self.transport._pass_turn()
@@ -184,6 +190,8 @@ class DevfuseTransport:
         self._ended = trio.Event()
         self._idle: list[tuple[_Reader, trio.lowlevel.Task]] = []
         self._suspended = 0
+        self._reads = QueuedReads(descriptor, self._answer_read, self._make_again)
+        self._rooms: list[Room] = []
         self._notices: Notices[bytes] = Notices(self._to_write)
         self._backings = Backings(descriptor)
         self._arena = Arena()
@@ -196,7 +204,10 @@ class DevfuseTransport:
             self._nursery.start_soon(self._read_requests)
             notifier = trio.CancelScope()
             self._nursery.start_soon(self._notices.send, notifier)
-            await self._ended.wait()
+            try:
+                await self._ended.wait()
+            finally:
+                await self._reads.wait_ended()
             notifier.cancel()
             self._notices.end()
 
@@ -223,7 +234,7 @@ class DevfuseTransport:
                 return
             unique = wire.IO_REQUEST.unpack_from(reader.head)[2]
             self._write(self._answer_init(unique, reader.message(length)))
-        self._arena.give_back(reader.data)
+        self._leave_room(reader.room)
 
     def _answer_init(self, unique: int, message: memoryview) -> bytes:
         """The answer to the first request, which may be nothing else than INIT."""
@@ -274,14 +285,23 @@ class DevfuseTransport:
     # -- readers --------------------------------------------------------------------------------
 
     def _new_reader(self) -> _Reader:
-        return _Reader(self, self._arena.take(), self._fd)
+        return _Reader(self, self._take_room(), self._fd)
+
+    def _take_room(self) -> Room:
+        return self._rooms.pop() if self._rooms else (memoryview(bytearray(_HEAD)), self._arena.take())
+
+    def _leave_room(self, room: Room) -> None:
+        if len(self._rooms) < _MAX_IDLE:
+            self._rooms.append(room)
+        else:
+            self._arena.give_back(room[1])
 
     async def _read_requests(self) -> None:
         """A reader task; it has the turn when it starts."""
         reader = self._new_reader()
         current_request.set(reader)
         await _watched(self._read_by_turns(reader), reader.suspending)
-        self._arena.give_back(reader.data)
+        self._leave_room(reader.room)
 
     async def _read_by_turns(self, reader: _Reader) -> None:
         while await self._take_turn(reader):
@@ -318,20 +338,29 @@ class DevfuseTransport:
         fd, readv, writev, write = self._fd, os.readv, os.writev, os.write
         fs_read, fs_write, other = self._fs.read, self._fs.write, self._serve_other
         unpack = wire.IO_REQUEST.unpack_from
-        pack_head, pack_written = wire.OUT_HEADER.struct.pack, _WRITE_REPLY.pack
+        pack_head, pack_written = _pack_head, _WRITE_REPLY.pack
         head_size, out_size, max_size, max_offset = _HEAD, _OUT, MAX_REQUEST, wire.MAX_OFFSET
         read_op, write_op, held_back = int(Opcode.READ), int(Opcode.WRITE), wire.WRITE_CACHE
         room, head, data = reader.room, reader.head, reader.data
+        reads, queued_reads = self._reads, self._fs.queued_reads
         polls = False
         turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
         while True:
             try:
                 length = readv(fd, room)
             except BlockingIOError:
+                if reads.waiting:
+                    reads.submit()
+                if reads.under_way and reads.reap():
+                    continue
                 if not reader.has_turn:
                     return True
-                if polls and not self._suspended and _poll(reader.poll):
-                    continue
+                if not self._suspended:
+                    if reads.under_way:
+                        if monotonic() < turn_ends and reads.wait():
+                            continue
+                    elif polls and _poll(reader.poll):
+                        continue
                 polls = await self._wait_readable() and not polls
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
                 continue
@@ -355,8 +384,17 @@ class DevfuseTransport:
                     and offset <= max_offset - size
                 ):
                     buf = data[:size]
-                    done = await fs_read(fh, offset, buf)
-                    reply = (pack_head(out_size + done, 0, unique), buf if done == size else buf[:done])
+                    if (
+                        queued_reads
+                        and (queue := queued_reads.get(fh)) is not None
+                        and reads.queue(queue, room, unique, offset, size)
+                    ):
+                        reader.use(self._rooms.pop() if self._rooms else self._take_room())
+                        room, head, data = reader.room, reader.head, reader.data
+                        reply = b""
+                    else:
+                        done = await fs_read(fh, offset, buf)
+                        reply = (pack_head(out_size + done, 0, unique), buf if done == size else buf[:done])
                 elif (
                     opcode == write_op
                     and total == length
@@ -385,6 +423,8 @@ class DevfuseTransport:
                 continue
             reader.serving = False
             if monotonic() > turn_ends:
+                if reads.waiting:
+                    reads.submit()
                 await trio.lowlevel.checkpoint()
                 turn_ends = monotonic() + (_SHORT_TURN if self._suspended else _TURN)
 
@@ -407,6 +447,33 @@ class DevfuseTransport:
         log.error("the kernel refused the answer to request %d: %s", unique, error)
         with contextlib.suppress(OSError):
             os.write(self._fd, wire.encode_error(unique, errno.EIO))
+
+    # -- queued reads ---------------------------------------------------------------------------
+
+    def _answer_read(self, read: QueuedRead) -> None:
+        try:
+            os.writev(self._fd, (_pack_head(_OUT + read.size, 0, read.unique), read.room[1][: read.size]))
+        except OSError as error:
+            self._not_taken(read.unique, error)
+        self._leave_room(read.room)
+
+    def _make_again(self, read: QueuedRead) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._read_by_task, read)
+
+    async def _read_by_task(self, read: QueuedRead) -> None:
+        """Make a read once more that could not be done without a task."""
+        reader = _Reader(self, read.room, self._fd)
+        current_request.set(reader)
+        try:
+            reply = await self._serve_other(read.unique, reader.message(_HEAD))
+        except FuseError as error:
+            reply = wire.encode_error(read.unique, error.errno)
+        except Exception:
+            log.exception("internal error in a FUSE request")
+            reply = wire.encode_error(read.unique, errno.EIO)
+        self._write(reply)
+        self._leave_room(read.room)
 
     # -- all other requests ---------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from fusebd.block.graph import Graph
 from fusebd.block.node import Node
 from fusebd.block.options import BlockdevRef, Json
 from fusebd.block.perms import Perm
+from fusebd.block.queueing import QueueRead
 from fusebd.block.root import Root
 from fusebd.errors import BlockIOError, FusebdError, FuseError, GraphError, NotSupported, UsageError
 from fusebd.fuse.caching import Access, access
@@ -83,6 +84,7 @@ class Files(FileSystem, FileView):
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._handles: dict[int, OpenFile] = {}
+        self.queued_reads: dict[int, QueueRead] = {}
         self._next_handle = 1
         self._pool = BufferPool(MAX_REQUEST)
         self._views = graph.views
@@ -322,6 +324,8 @@ class Files(FileSystem, FileView):
         handle = self._enter(file, flags, self._mode(file))
         fh, self._next_handle = self._next_handle, self._next_handle + 1
         self._handles[fh] = handle
+        if handle.root.queues_reads:
+            self.queued_reads[fh] = handle.root.queue_read
         found = handle.access
         return Opened(
             fh,
@@ -335,6 +339,7 @@ class Files(FileSystem, FileView):
     async def release(self, fh: int) -> None:
         handle = self._handle(fh)
         del self._handles[fh]
+        self.queued_reads.pop(fh, None)
         await self._leave(handle)
 
     async def read(self, fh: int, offset: int, buf: memoryview) -> int:

@@ -18,6 +18,7 @@ import trio
 
 from fusebd.block.buffers import BufferPool
 from fusebd.block.caller import current_request
+from fusebd.block.queueing import QueueRead
 from fusebd.errors import FuseError
 
 __all__ = [
@@ -113,6 +114,9 @@ class FileSystem(ABC):
     in the transport too, with EPERM, and so do setxattr and removexattr, with ENOSYS, after which the kernel
     answers EOPNOTSUPP by itself.
     """
+
+    #: what takes reads without a task (``fusebd.block.queueing``), by the open files that may have some
+    queued_reads: dict[int, QueueRead]
 
     #: how long the kernel may go on using a name, and attributes, without asking, in seconds
     entry_timeout: float = 0.0

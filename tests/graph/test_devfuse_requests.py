@@ -367,6 +367,116 @@ async def test_cancelled_server_cancels_requests_under_way(unserved: Kernel) -> 
     assert unserved.toy.calls["read"] == 2
 
 
+# -- reads without a task -----------------------------------------------------------------------
+
+
+class Queue:
+    """Takes *taken* reads of the handle DATA, one byte value each; ``end`` ends what was submitted."""
+
+    def __init__(self, toy: Toy, taken: int = 1000) -> None:
+        self.taken = taken
+        self.reads: list[tuple[int, memoryview, Callable[[int], None]]] = []
+        self.submissions: list[int] = []
+        self.signal = os.eventfd(0)
+        toy.queued_reads[DATA] = self._queue
+
+    def _queue(self, offset: int, buf: memoryview, done: Callable[[int], None]) -> Queue | None:
+        if not self.taken:
+            return None
+        self.taken -= 1
+        self.reads.append((offset, buf, done))
+        return self
+
+    def submit(self) -> None:
+        self.submissions.append(len(self.reads) - sum(self.submissions))
+
+    def fileno(self) -> int:
+        return self.signal
+
+    def clear(self) -> None:
+        """Nothing is signalled."""
+
+    def reap(self, most: int) -> int:
+        return 0
+
+    def end(self, number: int, *, is_read: bool = True) -> None:
+        offset, buf, done = self.reads[number]
+        assert number < sum(self.submissions)
+        if is_read:
+            buf[:] = bytes([offset // 512]) * len(buf)
+        done(len(buf) if is_read else -errno.EIO)
+
+
+async def test_a_queued_read_is_answered_when_it_is_done(kernel: Kernel) -> None:
+    queue = Queue(kernel.toy)
+    before = trio.lowlevel.current_statistics().tasks_living
+    asked = [kernel.ask(Opcode.READ, rw(DATA, 512 * number, 512)) for number in range(40)]
+    await trio.testing.wait_all_tasks_blocked()
+    assert sum(queue.submissions) == 40
+    assert len(queue.submissions) < 20
+    assert trio.lowlevel.current_statistics().tasks_living == before
+    assert await kernel(Opcode.WRITE, rw(DATA, 0, 3) + b"abc") == (0, struct.pack("=I4x", 3))
+    for number in reversed(range(40)):
+        queue.end(number)
+        assert await kernel.answer() == (asked[number], 0, bytes([number]) * 512)
+    assert not kernel.toy.calls["read"]
+
+
+async def test_a_read_that_is_not_queued_or_comes_back_is_made_by_a_task(kernel: Kernel) -> None:
+    kernel.toy.files[2][:1024] = b"x" * 1024
+    queue = Queue(kernel.toy, taken=1)
+    back = kernel.ask(Opcode.READ, rw(DATA, 0, 512))
+    assert await kernel(Opcode.READ, rw(DATA, 512, 100)) == (0, b"x" * 100)
+    queue.end(0, is_read=False)
+    assert await kernel.answer() == (back, 0, b"x" * 512)
+    assert kernel.toy.calls["read"] == 2
+
+
+async def test_a_queued_read_is_submitted_when_another_request_suspends(kernel: Kernel) -> None:
+    queue = Queue(kernel.toy)
+    queued = kernel.ask(Opcode.READ, rw(DATA, 512, 512))
+    held = kernel.ask(Opcode.READ, rw(HELD, 0, 512))
+    await trio.testing.wait_all_tasks_blocked()
+    queue.end(0)
+    assert await kernel.answer() == (queued, 0, b"\1" * 512)
+    kernel.toy.gate.set()
+    assert await kernel.answer() == (held, 0, bytes(512))
+
+
+async def test_an_error_of_a_read_that_comes_back_is_answered(kernel: Kernel) -> None:
+    queue = Queue(kernel.toy)
+    kernel.toy.queued_reads[BROKEN] = kernel.toy.queued_reads[DATA]
+    back = kernel.ask(Opcode.READ, rw(BROKEN, 0, 512))
+    await trio.testing.wait_all_tasks_blocked()
+    queue.end(0, is_read=False)
+    assert await kernel.answer() == (back, errno.EIO, b"")
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_cancelled_server_waits_for_queued_reads(unserved: Kernel, is_read: bool) -> None:
+    queue = Queue(unserved.toy)
+    ended = trio.Event()
+
+    async def serve_and_tell(*, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await unserved.transport.serve(task_status=task_status)
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        unserved.ask(Opcode.INIT, struct.pack("=IIIII44x", 7, 45, 131072, 0x7FFFFFFF, 0xFF))
+        await nursery.start(serve_and_tell)
+        await unserved.answer()
+        unserved.ask(Opcode.READ, rw(DATA, 0, 512))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            queue.end(0, is_read=is_read)
+            await ended.wait()
+
+
 # -- notifications ------------------------------------------------------------------------------
 
 

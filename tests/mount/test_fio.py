@@ -22,6 +22,11 @@ def _qcow2(directory: Path) -> Any:
     return qcow2("disk", directory / "disk.qcow2")
 
 
+def _direct(directory: Path) -> Any:
+    options = _qcow2(directory)
+    return {**options, "file": {**options["file"], "cache": {"direct": True}}}
+
+
 def _blkdebug(directory: Path) -> Any:
     options = _qcow2(directory)
     return {**options, "file": {"driver": "blkdebug", "image": options["file"]}}
@@ -34,7 +39,7 @@ def _blkverify(directory: Path) -> Any:
     return {"driver": "blkverify", "node-name": "disk", "test": test, "raw": twin}
 
 
-STACKS = {"raw": _raw, "qcow2": _qcow2, "blkdebug": _blkdebug, "blkverify": _blkverify}
+STACKS = {"raw": _raw, "qcow2": _qcow2, "direct": _direct, "blkdebug": _blkdebug, "blkverify": _blkverify}
 
 
 def _fio_verify(path: Path, depth: int) -> None:

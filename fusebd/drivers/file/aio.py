@@ -10,12 +10,15 @@ Structures and calls: include/uapi/linux/aio_abi.h, io_submit(2).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import struct
 
 import trio
+
+from fusebd.block.queueing import Done
 
 #: requests of one file that the kernel has at a time; more of them wait for worker threads
 DEPTH = 128
@@ -28,6 +31,8 @@ _SYSCALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64":
 # aio_reserved2, aio_flags, aio_resfd
 _IOCB = struct.Struct("<QIIHhIQQqQII")
 _IOCB_FLAG_RESFD = 1
+#: the part of it, from aio_rw_flags on, that each request has filled in anew
+_REQUEST, _REQUEST_OFFSET = struct.Struct("<IHhIQQq"), 12
 _EVENT = struct.Struct("<QQqq")  # data, obj, res, res2
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
@@ -45,7 +50,7 @@ class LinuxAio:
         numbers = _SYSCALLS.get(platform.machine())
         if numbers is None:
             raise OSError(f"no native asynchronous I/O on {platform.machine()}")
-        setup, self._destroy, self._getevents, self._submit = numbers
+        setup, self._destroy, self._getevents, self._io_submit = numbers
         self._context = ctypes.c_ulong(0)
         if _syscall(setup, DEPTH, ctypes.byref(self._context)):
             code = ctypes.get_errno()
@@ -53,11 +58,15 @@ class LinuxAio:
         self._fd = fd
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._iocbs = [ctypes.create_string_buffer(_IOCB.size) for _ in range(DEPTH)]
-        self._lists = [(ctypes.c_void_p * 1)(ctypes.addressof(iocb)) for iocb in self._iocbs]
+        for slot, iocb in enumerate(self._iocbs):
+            _IOCB.pack_into(iocb, 0, slot, 0, 0, 0, 0, fd, 0, 0, 0, 0, _IOCB_FLAG_RESFD, self._eventfd)
+        self._addresses = [ctypes.addressof(iocb) for iocb in self._iocbs]
         self._free = list(range(DEPTH))
-        self._waiting: list[trio.lowlevel.Task | None] = [None] * DEPTH
-        self._results = [0] * DEPTH
+        self._queued: list[int] = []
+        self._list = (ctypes.c_void_p * DEPTH)()  #: for the kernel: where the queued ones lie
+        self._done: list[Done | None] = [None] * DEPTH
         self._events = ctypes.create_string_buffer(_EVENT.size * DEPTH)
+        self._reaped = memoryview(self._events).cast("B")
         self._closed = False
         trio.lowlevel.spawn_system_task(self._reap)
 
@@ -71,33 +80,72 @@ class LinuxAio:
 
         Returns what the call would: bytes done, or a negative errno.  Suspends until then, and cannot be cancelled.
         """
-        slot = self._free.pop()
-        _IOCB.pack_into(
-            self._iocbs[slot], 0, slot, 0, flags, opcode, 0, self._fd, address, length, offset, 0,
-            _IOCB_FLAG_RESFD, self._eventfd,
-        )  # fmt: skip
-        self._waiting[slot] = trio.lowlevel.current_task()
-        if _syscall(self._submit, self._context, 1, self._lists[slot]) != 1:
-            self._free.append(slot)
-            return -ctypes.get_errno()
+        task = trio.lowlevel.current_task()
+        results: list[int] = []
+
+        def done(result: int) -> None:
+            results.append(result)
+            trio.lowlevel.reschedule(task)
+
+        self.queue(opcode, address, length, offset, flags, done)
+        self.submit()
         await trio.lowlevel.wait_task_rescheduled(_not_abortable)
-        result = self._results[slot]
+        return results[0]
+
+    def queue(self, opcode: int, address: int, length: int, offset: int, flags: int, done: Done) -> None:
+        """The same without a task, where there is room: begins with ``submit``, and ends in a call of *done*."""
+        slot = self._free.pop()
+        _REQUEST.pack_into(self._iocbs[slot], _REQUEST_OFFSET, flags, opcode, 0, self._fd, address, length, offset)
+        self._done[slot] = done
+        self._list[len(self._queued)] = self._addresses[slot]
+        self._queued.append(slot)
+
+    def submit(self) -> None:
+        """Hand the kernel everything that is queued.  Never suspends."""
+        while queued := self._queued:
+            count = _syscall(self._io_submit, self._context, len(queued), self._list)
+            if count == len(queued):
+                queued.clear()
+                return
+            if count < 1:  # it is the first one that the kernel does not take; whoever waits for it has to wait first
+                loop = trio.lowlevel.current_trio_token()
+                loop.run_sync_soon(self._finish, queued[0], -ctypes.get_errno())
+                count = 1
+            self._queued = queued[count:]
+            for at, slot in enumerate(self._queued):
+                self._list[at] = self._addresses[slot]
+
+    def _finish(self, slot: int, result: int) -> None:
+        done, self._done[slot] = self._done[slot], None
         self._free.append(slot)
-        return result
+        if done is not None:
+            done(result)
+
+    def fileno(self) -> int:
+        """What is readable when requests are done."""
+        return self._eventfd
+
+    def clear(self) -> None:
+        """Have ``fileno`` readable only for what comes next."""
+        with contextlib.suppress(BlockingIOError):  # nothing was signalled
+            os.eventfd_read(self._eventfd)
+
+    def reap(self, most: int) -> int:
+        """Say of up to *most* requests that they are done, without waiting for any; how many were."""
+        if self._closed:
+            return 0
+        while (count := _syscall(self._getevents, self._context, 0, most, self._events, None)) < 0:
+            pass  # interrupted by a signal: nothing was taken out
+        for slot, _, result, _ in _EVENT.iter_unpack(self._reaped[: count * _EVENT.size]):
+            self._finish(slot, result)
+        return int(count)
 
     async def _reap(self) -> None:
-        """Wake the tasks whose requests are done, until the eventfd is closed."""
+        """Say of requests that they are done, until the eventfd is closed."""
         try:
             while await self._signalled():
-                os.eventfd_read(self._eventfd)
-                while (count := _syscall(self._getevents, self._context, 0, DEPTH, self._events, None)) < 0:
-                    pass  # interrupted by a signal: nothing was taken out
-                for at in range(0, count * _EVENT.size, _EVENT.size):
-                    slot, _, result, _ = _EVENT.unpack_from(self._events, at)
-                    task, self._waiting[slot] = self._waiting[slot], None
-                    self._results[slot] = result
-                    if task is not None:
-                        trio.lowlevel.reschedule(task)
+                self.clear()
+                self.reap(DEPTH)
         except trio.ClosedResourceError:
             return
 

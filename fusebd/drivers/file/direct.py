@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from ctypes import addressof, c_char
 from functools import partial
 
 from fusebd.block.buffers import BufferPool
 from fusebd.block.child import Buffers, copy_into, fill_zeroes, nbytes
+from fusebd.block.queueing import Done, QueueRead
 from fusebd.drivers.file.aio import PREAD, PWRITE, LinuxAio, address_of
 
 #: runs a blocking call with a byte offset, for messages, in a worker thread
@@ -58,6 +60,21 @@ class DirectIO:
             copy_into(bufs, part)
         finally:
             self._pool.give_back(bounce)
+
+    @property
+    def read_queue(self) -> QueueRead | None:
+        """What takes reads without a task."""
+        return None if self._aio is None else self._queue_read
+
+    def _queue_read(self, offset: int, buf: memoryview, done: Done) -> LinuxAio | None:
+        aio = self._aio
+        if aio is None or buf.readonly or not aio.has_room:
+            return None
+        address = addressof(c_char.from_buffer(buf))
+        if address & self._mask:
+            return None
+        aio.queue(PREAD, address, len(buf), offset, self._nowait, done)
+        return aio
 
     async def _read_into(self, offset: int, buf: memoryview, address: int) -> None:
         done = await self._native(PREAD, address, len(buf), offset, 0)

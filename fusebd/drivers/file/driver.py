@@ -38,6 +38,7 @@ from fusebd.block.driver import (
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, Int, Json
 from fusebd.block.perms import Perm
+from fusebd.block.queueing import QueueRead
 from fusebd.drivers.file import syscalls
 from fusebd.drivers.file.direct import DirectIO
 from fusebd.drivers.file.locks import ImageLocks
@@ -200,6 +201,7 @@ class File(ProtocolDriver):
     def use(self, handle: Handle) -> None:
         """Use the file by *handle* from now on.  No request is under way."""
         self._fd, self._locks, self._direct = handle
+        self.node.refresh_edges()
 
     def set_perm(self, perm: Perm, shared: Perm) -> None:
         if self._locks is not None:
@@ -229,6 +231,9 @@ class File(ProtocolDriver):
                 await self._in_thread("read", offset, self._read_all, offset, bufs, done)
                 return
         await self._promptly("read", offset, self._read_all, offset, bufs, done)
+
+    def read_queue(self) -> QueueRead | None:
+        return None if self._direct is None else self._direct.read_queue
 
     def _read_all(self, offset: int, bufs: Buffers, done: int) -> None:
         size = nbytes(bufs)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 
 from fusebd.block.child import Buffers, Child
 from fusebd.block.node import Node
+from fusebd.block.queueing import Batch, Done
 from fusebd.ondisk import qcow2 as ondisk
 
 #: clusters
@@ -44,6 +45,13 @@ class DataFile:
 
     def preadv(self, offset: int, bufs: Buffers) -> Awaitable[None]:
         return self.child.preadv(offset - self.shift, bufs)
+
+    @property
+    def queues_reads(self) -> bool:
+        return self.child.queues_reads
+
+    def queue_read(self, offset: int, buf: memoryview, done: Done) -> Batch | None:
+        return self.child.queue_read(offset - self.shift, buf, done)
 
     def pwritev(self, offset: int, bufs: Buffers, flags: int = 0) -> Awaitable[None]:
         return self.child.pwritev(offset - self.shift, bufs, flags)

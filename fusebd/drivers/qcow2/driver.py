@@ -35,6 +35,7 @@ from fusebd.block.naming import node_filename
 from fusebd.block.opening import Opening
 from fusebd.block.options import Json, OptionStruct
 from fusebd.block.perms import Role
+from fusebd.block.queueing import Batch, Done, QueueRead
 from fusebd.block.snapshots import SnapshotStore
 from fusebd.crypto import SECTOR
 from fusebd.drivers.qcow2 import mapping, subclusters
@@ -321,6 +322,32 @@ class Qcow2(FormatDriver):
                     await self._read_data(host_offset + in_cluster, bufs, offset)
                     return
         await self._read_extents(offset, bufs)
+
+    def read_queue(self) -> QueueRead | None:
+        return self._queue_read if self._data.queues_reads and self._image.encryption is None else None
+
+    def _queue_read(self, offset: int, buf: memoryview, done: Done) -> Batch | None:
+        """Queue what is data in one cluster, whose mapping is in the cache, and nobody wants to hear of."""
+        image, tables, data = self._image, self._tables, self._data
+        item = tables.slices.get(offset >> tables.slice_shift)
+        in_cluster = offset & image.cluster_mask
+        if item is None or in_cluster + len(buf) > image.cluster_size or "read_aio" in data.events:
+            return None
+        entry = item.entries[offset >> image.cluster_bits & tables.entry_mask]
+        host_offset = entry & ondisk.OFFSET_MASK
+        if not host_offset or entry & self._special or host_offset & image.cluster_mask:
+            return None
+        item.used = True
+        epoch = image.epoch
+
+        def finished(result: int) -> None:
+            epoch.count -= 1
+            done(result)
+
+        batch = data.queue_read(host_offset + in_cluster, buf, finished)
+        if batch is not None:
+            epoch.count += 1
+        return batch
 
     async def _read_data(self, host_offset: int, bufs: Buffers, guest_offset: int) -> None:
         data, encryption = self._data, self._image.encryption
