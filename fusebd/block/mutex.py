@@ -22,6 +22,11 @@ class Mutex:
         self._held = False
         self._waiting: deque[trio.Event] = deque()
 
+    @property
+    def held(self) -> bool:
+        """Whether somebody has it."""
+        return self._held
+
     async def __aenter__(self) -> None:
         place = len(self._waiting)
         while self._held:

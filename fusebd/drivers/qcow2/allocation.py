@@ -82,6 +82,13 @@ class Piece:
         self.head = self.tail = 0
         self.preallocated = False
 
+    @classmethod
+    def of_new(cls, guest_offset: int, host_offset: int, length: int, in_flight: InFlight) -> Piece:
+        """One in a newly allocated cluster, with nothing to be written around it."""
+        piece = cls(guest_offset, host_offset, length, in_flight)
+        piece.fresh = True
+        return piece
+
 
 class Allocator:
     """Carries out the writes of one image.  *read_guest* reads guest data for copy on write."""
@@ -108,6 +115,10 @@ class Allocator:
             return None
         found = [other for other in self._in_flight if other.first < end and first < other.end]
         return min(found, key=lambda other: other.first, default=None)
+
+    def is_under_way(self, cluster: int) -> bool:
+        """Whether an allocation is in flight in the guest *cluster*."""
+        return bool(self._in_flight) and self._conflict(cluster, cluster + 1) is not None
 
     async def wait_free(self, first: int, end: int) -> None:
         """Wait, under the lock, until no allocation is in flight in the clusters.  The lock is let go meanwhile."""
@@ -184,13 +195,13 @@ class Allocator:
                 await write(piece, at)
             except BaseException:
                 if piece.in_flight is not None:
-                    await shielded(self._undo(piece))
+                    await shielded(self.undo(piece))
                 raise
             finally:
                 epoch.count -= 1
             at += piece.length
             if piece.in_flight is not None:
-                await shielded(self._link(piece))
+                await shielded(self.link(piece))
 
     async def _prepare(self, guest_offset: int, size: int) -> Piece:
         image, bits = self.image, self.image.cluster_bits
@@ -384,7 +395,7 @@ class Allocator:
             return False
         return True
 
-    async def _link(self, piece: Piece) -> None:
+    async def link(self, piece: Piece) -> None:
         """Enter the clusters of *piece* into the L2 table."""
         image, in_flight = self.image, piece.in_flight
         assert in_flight is not None
@@ -431,7 +442,7 @@ class Allocator:
         end = min(piece.guest_offset + piece.length + piece.tail - begin, image.cluster_size)
         return subclusters.written(old, start, end >> image.granule_bits)
 
-    async def _undo(self, piece: Piece) -> None:
+    async def undo(self, piece: Piece) -> None:
         """The data of *piece* could not be written: give its clusters back and let others try."""
         image, in_flight = self.image, piece.in_flight
         assert in_flight is not None

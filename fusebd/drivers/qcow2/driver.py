@@ -41,6 +41,7 @@ from fusebd.crypto import SECTOR
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.amending import AmendOptions, amend_header
+from fusebd.drivers.qcow2.appending import Appender
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.cleaning import Cleaner
 from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
@@ -111,6 +112,7 @@ class Qcow2(FormatDriver):
         options = node.options
         assert isinstance(options, Qcow2Options)
         self._allocator = Allocator(image, tables, refcounts, self._read_extents, self._reads_zero_below)
+        self._appender = Appender(image, tables, refcounts, self._allocator)
         self._compressed_writer = CompressedWriter(image, tables, refcounts, self._allocator, self._forget_decompressed)
         self._zeroer = Zeroer(image, tables, refcounts, self._allocator, options)
         self._resizer = Resizer(image, tables, refcounts, self._allocator, self._zeroer, self.pwritev)
@@ -495,6 +497,9 @@ class Qcow2(FormatDriver):
                         await data.pwritev(host_offset + in_cluster, bufs)
                     finally:
                         epoch.count -= 1
+                    return
+                if not entry and self._backing is None and (cluster := self._appender.take(offset)):
+                    await self._appender.write(item, offset, cluster, bufs, size)
                     return
         await self._allocator.pwritev(offset, bufs, size)
 

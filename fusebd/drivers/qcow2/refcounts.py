@@ -196,6 +196,26 @@ class Refcounts:
         self.free_hint = first + count
         return first << image.cluster_bits
 
+    def take_from(self, end: int) -> int:
+        """One cluster as ``allocate`` gives it, if that is not before byte *end* and takes no I/O; else 0."""
+        cluster, image = self.free_hint, self.image
+        host_offset = cluster << image.cluster_bits
+        index = cluster // self.per_block
+        block = self.blocks.get(index)
+        at = cluster - index * self.per_block
+        if (
+            host_offset < end
+            or block is None
+            or host_offset > ondisk.MAX_CLUSTER_OFFSET
+            or cluster in image.metadata.clusters
+            or self.width.get(block.data, at)
+        ):
+            return 0
+        self.width.set_ones(block.data, at, at + 1)
+        block.dirty = block.used = True
+        self.free_hint = cluster + 1
+        return host_offset
+
     async def allocate_bytes(self, size: int) -> int:
         """*size* bytes, at most a cluster, that the clusters have a reference for; their host offset.
 
