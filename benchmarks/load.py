@@ -68,12 +68,14 @@ class Contender:
 
 @contextlib.contextmanager
 def _started(plan: Plan, stack_name: str, server_name: str, top: str) -> Iterator[Served]:
-    """Fresh images and a server over them, gone at the end."""
+    """A server over fresh images, or over those that are shared, and all gone at the end."""
     stack = STACKS[stack_name]
-    directory = tempfile.mkdtemp(prefix=f"{stack_name}-{server_name}.", dir=top)
+    directory = os.path.join(top, stack_name if stack.shared else f"{stack_name}-{server_name}")
     try:
-        stack.images(directory, plan.length)
-        write_page_by_page(directory)
+        if not os.path.exists(directory):
+            os.mkdir(directory)
+            stack.images(directory, plan.length)
+            write_page_by_page(directory)
         with SERVERS[server_name].serve(plan.setting, stack, directory, plan.length) as served:
             yield served
     finally:

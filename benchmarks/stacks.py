@@ -28,7 +28,8 @@ class Stack:
 
     ``images`` makes the images that it needs in a directory; ``blockdev`` gives its options.  With ``fresh``, each
     measurement gets new images and new servers.  The bare file is measured beside it if ``bare``; ``cold`` means that
-    the host's page cache is emptied of the images before each measurement.  ``servers`` restricts the servers that can
+    the host's page cache is emptied of the images before each measurement.  With ``shared``, all servers have the same
+    images: where in memory they are cached makes a tenth of difference.  ``servers`` restricts the servers that can
     do it; ``fusebd`` has further options of ``fusebd mount``, ``fio`` of the load.
     """
 
@@ -39,6 +40,7 @@ class Stack:
     fresh: bool = False
     bare: bool = False
     cold: bool = False
+    shared: bool = False
     servers: tuple[str, ...] = ()
     fusebd: tuple[str, ...] = ()
     fio: dict[str, str] = field(default_factory=dict)
@@ -139,6 +141,7 @@ STACKS = {
         _raw_image,
         lambda directory, length: _raw(_file(directory)),
         bare=True,
+        shared=True,
         servers=("fusebd-devfuse",),
         fusebd=("--cache", f"{NODE}=passthrough"),
         fio={"direct": "0"},
