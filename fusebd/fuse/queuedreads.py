@@ -29,7 +29,9 @@ Room = tuple[memoryview, memoryview]
 class QueuedRead:
     """A read of *size* bytes under way, and the memory that it is read to."""
 
-    __slots__ = ("_reads", "room", "size", "unique")
+    __slots__ = ("_reads", "batch", "room", "size", "unique")
+
+    batch: Batch  #: where it is queued
 
     def __init__(self, reads: QueuedReads, room: Room, unique: int, size: int) -> None:
         self._reads = reads
@@ -40,13 +42,12 @@ class QueuedRead:
     def done(self, result: int) -> None:
         """It has ended with so many bytes, or a negative errno."""
         reads = self._reads
-        reads.under_way -= 1
+        reads.ended(self.batch)
         if result == self.size:
             reads.answer(self)
         else:
             reads.make_again(self)
-        if not reads.under_way:
-            reads.all_ended()
+        reads.settle()
 
 
 class QueuedReads:
@@ -64,8 +65,9 @@ class QueuedReads:
         #: reads that are not submitted yet, and where they are queued
         self.waiting = 0
         self._queued_at: set[Batch] = set()
-        #: where others are under way, by the descriptors that tell of their ends
-        self._submitted_to: dict[int, Batch] = {}
+        #: how many there are in each batch, and the batches by the descriptors that tell of the ends of reads
+        self._counts: dict[Batch, int] = {}
+        self._batches: dict[int, Batch] = {}
         self._descriptor = descriptor
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
@@ -77,6 +79,8 @@ class QueuedReads:
         batch = queue(offset, room[1][:size], read.done)
         if batch is None:
             return False
+        read.batch = batch
+        self._counts[batch] = self._counts.get(batch, 0) + 1
         self.under_way += 1
         self.waiting += 1
         self._queued_at.add(batch)
@@ -91,30 +95,37 @@ class QueuedReads:
             batch = self._queued_at.pop()
             batch.submit()
             descriptor = batch.fileno()
-            if descriptor not in self._submitted_to:
-                self._submitted_to[descriptor] = batch
+            if descriptor not in self._batches:
+                self._batches[descriptor] = batch
                 self._poll.register(descriptor, select.POLLIN)
 
     def reap(self) -> bool:
         """See to a few reads that have ended; whether there were any."""
-        return sum(batch.reap(_BATCH) for batch in list(self._submitted_to.values())) > 0
+        return sum(batch.reap(_BATCH) for batch in list(self._batches.values())) > 0
 
     def wait(self) -> bool:
         """After ``reap`` has found nothing: wait shortly for a request or the end of a read; whether there is one."""
         ready = self._poll.poll(_WAIT)
         for descriptor, _ in ready:
-            batch = self._submitted_to.get(descriptor)
+            batch = self._batches.get(descriptor)
             if batch is not None:
                 batch.clear()
                 batch.reap(_BATCH)
         return bool(ready)
 
-    def all_ended(self) -> None:
-        """No read is under way."""
-        for descriptor in self._submitted_to:
-            self._poll.unregister(descriptor)
-        self._submitted_to.clear()
-        if self._ended is not None:
+    def ended(self, batch: Batch) -> None:
+        """A read in *batch* has ended; with the last one, whoever owns *batch* may close it."""
+        self.under_way -= 1
+        left = self._counts[batch] = self._counts[batch] - 1
+        if not left:
+            del self._counts[batch]
+            descriptor = batch.fileno()
+            if self._batches.pop(descriptor, None) is not None:
+                self._poll.unregister(descriptor)
+
+    def settle(self) -> None:
+        """What waits for the end of all reads goes on if that is now."""
+        if self._ended is not None and not self.under_way:
             self._ended.set()
 
     async def wait_ended(self) -> None:

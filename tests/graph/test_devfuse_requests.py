@@ -371,14 +371,15 @@ async def test_cancelled_server_cancels_requests_under_way(unserved: Kernel) -> 
 
 
 class Queue:
-    """Takes *taken* reads of the handle DATA, one byte value each; ``end`` ends what was submitted."""
+    """Takes *taken* reads of the handle *fh*, one byte value each; ``end`` ends what was submitted."""
 
-    def __init__(self, toy: Toy, taken: int = 1000) -> None:
+    def __init__(self, toy: Toy, taken: int = 1000, fh: int = DATA) -> None:
         self.taken = taken
         self.reads: list[tuple[int, memoryview, Callable[[int], None]]] = []
         self.submissions: list[int] = []
         self.signal = os.eventfd(0)
-        toy.queued_reads[DATA] = self._queue
+        self.cleared = 0
+        toy.queued_reads[fh] = self._queue
 
     def _queue(self, offset: int, buf: memoryview, done: Callable[[int], None]) -> Queue | None:
         if not self.taken:
@@ -394,7 +395,7 @@ class Queue:
         return self.signal
 
     def clear(self) -> None:
-        """Nothing is signalled."""
+        self.cleared += 1
 
     def reap(self, most: int) -> int:
         return 0
@@ -450,6 +451,24 @@ async def test_an_error_of_a_read_that_comes_back_is_answered(kernel: Kernel) ->
     await trio.testing.wait_all_tasks_blocked()
     queue.end(0, is_read=False)
     assert await kernel.answer() == (back, errno.EIO, b"")
+
+
+async def test_a_batch_without_reads_may_be_closed_while_others_have_some(kernel: Kernel) -> None:
+    one, other = Queue(kernel.toy), Queue(kernel.toy, fh=AWAY)
+    first = kernel.ask(Opcode.READ, rw(DATA, 512, 512))
+    second = kernel.ask(Opcode.READ, rw(AWAY, 1024, 512))
+    await trio.testing.wait_all_tasks_blocked()
+    one.end(0)
+    assert await kernel.answer() == (first, 0, b"\1" * 512)
+    os.close(one.signal)
+    ready = os.open("/dev/zero", os.O_RDONLY)  # readable at once, and most likely of the same number
+    third = kernel.ask(Opcode.READ, rw(AWAY, 1536, 512))
+    await trio.testing.wait_all_tasks_blocked()
+    os.close(ready)
+    for number, (unique, byte) in enumerate(((second, b"\2"), (third, b"\3"))):
+        other.end(number)
+        assert await kernel.answer() == (unique, 0, byte * 512)
+    assert one.cleared == 0
 
 
 @pytest.mark.parametrize("is_read", [True, False])
