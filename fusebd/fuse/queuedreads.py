@@ -26,12 +26,23 @@ _WAIT = 1
 Room = tuple[memoryview, memoryview]
 
 
+class _Place:
+    """A batch with reads of ours in it, *count* of them; *submitted*, once any of them is."""
+
+    __slots__ = ("batch", "count", "submitted")
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.count = 0
+        self.submitted = False
+
+
 class QueuedRead:
     """A read of *size* bytes under way, and the memory that it is read to."""
 
-    __slots__ = ("_reads", "batch", "room", "size", "unique")
+    __slots__ = ("_reads", "place", "room", "size", "unique")
 
-    batch: Batch  #: where it is queued
+    place: _Place
 
     def __init__(self, reads: QueuedReads, room: Room, unique: int, size: int) -> None:
         self._reads = reads
@@ -41,13 +52,17 @@ class QueuedRead:
 
     def done(self, result: int) -> None:
         """It has ended with so many bytes, or a negative errno."""
-        reads = self._reads
-        reads.ended(self.batch)
+        reads, place = self._reads, self.place
+        reads.under_way -= 1
+        place.count -= 1
+        if not place.count:
+            reads.leave(place)
         if result == self.size:
             reads.answer(self)
         else:
             reads.make_again(self)
-        reads.settle()
+        if reads.all_ended is not None and not reads.under_way:
+            reads.all_ended.set()
 
 
 class QueuedReads:
@@ -62,16 +77,16 @@ class QueuedReads:
         self.answer = answer
         self.make_again = make_again
         self.under_way = 0
+        #: set when none is under way, if somebody waits for that
+        self.all_ended: trio.Event | None = None
         #: reads that are not submitted yet, and where they are queued
         self.waiting = 0
-        self._queued_at: set[Batch] = set()
-        #: how many there are in each batch, and the batches by the descriptors that tell of the ends of reads
-        self._counts: dict[Batch, int] = {}
-        self._batches: dict[int, Batch] = {}
-        self._descriptor = descriptor
+        self._to_submit: set[_Place] = set()
+        self._places: dict[Batch, _Place] = {}
+        #: where some are submitted, by the descriptors that tell of their ends
+        self._submitted: dict[int, _Place] = {}
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
-        self._ended: trio.Event | None = None
 
     def queue(self, queue: QueueRead, room: Room, unique: int, offset: int, size: int) -> bool:
         """Have *queue* take the read *unique* to *room*; False if it does not."""
@@ -79,11 +94,14 @@ class QueuedReads:
         batch = queue(offset, room[1][:size], read.done)
         if batch is None:
             return False
-        read.batch = batch
-        self._counts[batch] = self._counts.get(batch, 0) + 1
+        place = self._places.get(batch)
+        if place is None:
+            place = self._places[batch] = _Place(batch)
+        read.place = place
+        place.count += 1
         self.under_way += 1
         self.waiting += 1
-        self._queued_at.add(batch)
+        self._to_submit.add(place)
         if self.waiting >= _BATCH:
             self.submit()
         return True
@@ -91,46 +109,40 @@ class QueuedReads:
     def submit(self) -> None:
         """Submit everything that is queued."""
         self.waiting = 0
-        while self._queued_at:
-            batch = self._queued_at.pop()
-            batch.submit()
-            descriptor = batch.fileno()
-            if descriptor not in self._batches:
-                self._batches[descriptor] = batch
+        while self._to_submit:
+            place = self._to_submit.pop()
+            place.batch.submit()
+            if not place.submitted:
+                place.submitted = True
+                descriptor = place.batch.fileno()
+                self._submitted[descriptor] = place
                 self._poll.register(descriptor, select.POLLIN)
+
+    def leave(self, place: _Place) -> None:
+        """No read is left there, and whoever owns the batch may close it."""
+        del self._places[place.batch]
+        if place.submitted:
+            descriptor = place.batch.fileno()
+            self._poll.unregister(descriptor)
+            del self._submitted[descriptor]
 
     def reap(self) -> bool:
         """See to a few reads that have ended; whether there were any."""
-        return sum(batch.reap(_BATCH) for batch in list(self._batches.values())) > 0
+        return sum([place.batch.reap(_BATCH) for place in list(self._submitted.values())]) > 0
 
     def wait(self) -> bool:
         """After ``reap`` has found nothing: wait shortly for a request or the end of a read; whether there is one."""
         ready = self._poll.poll(_WAIT)
         for descriptor, _ in ready:
-            batch = self._batches.get(descriptor)
-            if batch is not None:
-                batch.clear()
-                batch.reap(_BATCH)
+            place = self._submitted.get(descriptor)
+            if place is not None:
+                place.batch.clear()
+                place.batch.reap(_BATCH)
         return bool(ready)
-
-    def ended(self, batch: Batch) -> None:
-        """A read in *batch* has ended; with the last one, whoever owns *batch* may close it."""
-        self.under_way -= 1
-        left = self._counts[batch] = self._counts[batch] - 1
-        if not left:
-            del self._counts[batch]
-            descriptor = batch.fileno()
-            if self._batches.pop(descriptor, None) is not None:
-                self._poll.unregister(descriptor)
-
-    def settle(self) -> None:
-        """What waits for the end of all reads goes on if that is now."""
-        if self._ended is not None and not self.under_way:
-            self._ended.set()
 
     async def wait_ended(self) -> None:
         """Wait until no read is under way, come what may: their memory is the kernel's until then."""
         if self.under_way:
-            self._ended = trio.Event()
+            self.all_ended = trio.Event()
             with trio.CancelScope(shield=True):
-                await self._ended.wait()
+                await self.all_ended.wait()
