@@ -41,8 +41,8 @@ def cluster_of(name: str) -> int:
 def text(rng: random.Random, length: int) -> bytes:
     """Data that are stored in a part of their *length*, of some size or other."""
     words = [rng.randbytes(rng.randrange(1, 9)) for _ in range(20)]
-    data = b"".join(rng.choices(words, k=length // 3 + 9))
-    return data[:length]
+    data = b"".join(rng.choices(words, k=min(length, 256 * K) // 3 + 9))
+    return (data * (length // len(data) + 1))[:length]
 
 
 async def opened(graph: Graph, path: Path, *, above: str = "compress", **options: Any) -> Root:
