@@ -13,13 +13,13 @@ from mounting import Qmp
 
 
 @contextmanager
-def storage_daemon() -> Iterator[Qmp]:
-    """The monitor of a qemu-storage-daemon, which ends with the context."""
+def storage_daemon(*words: str) -> Iterator[Qmp]:
+    """The monitor of a qemu-storage-daemon with *words* on its command line, which ends with the context."""
     # Not on a listening socket: the one of 7.2 can turn deaf when a client comes while it is starting.
     ours, theirs = socket.socketpair()
     with theirs:
         daemon = subprocess.Popen(
-            ["qemu-storage-daemon", "--chardev", "stdio,id=monitor", "--monitor", "monitor"],
+            ["qemu-storage-daemon", *words, "--chardev", "stdio,id=monitor", "--monitor", "monitor"],
             stdin=theirs.fileno(),
             stdout=theirs.fileno(),
         )

@@ -22,17 +22,14 @@ from fusebd.block.root import UNNAMED, Root
 from fusebd.errors import CommandError, OptionError
 
 
-class CreateOptions(OptionStruct, frozen=True, kw_only=True):
-    """QAPI BlockdevCreateOptions: what every driver takes."""
-
-    driver: str
-
-
 @dataclass(frozen=True, slots=True)
 class Creator:
-    """*create*, called with an instance of *options*, makes an image.  It suspends; raises FusebdError."""
+    """*create*, called with an instance of *options*, makes an image.  It suspends; raises FusebdError.
 
-    options: type[CreateOptions]
+    *options* is a part of QAPI's BlockdevCreateOptions, with the member ``driver``.
+    """
+
+    options: type[OptionStruct]
     create: Callable[[Graph, Any], Awaitable[None]]
 
 
@@ -60,8 +57,8 @@ def parse_creation(graph: Graph, value: dict[str, Json], prefix: str = "") -> Ca
 
 
 @asynccontextmanager
-async def held(graph: Graph, ref: BlockdevRef) -> AsyncIterator[Root]:
-    """A way to the node that *ref* names or describes, with no permissions yet, for as long as the context lasts."""
+async def held(graph: Graph, ref: BlockdevRef, perm: Perm = Perm.NONE) -> AsyncIterator[Root]:
+    """A way with *perm* to the node that *ref* names or describes, for as long as the context lasts."""
     async with graph.lock:
         if ref.reference is not None:
             node = graph.find_for_reference(ref.reference)
@@ -70,6 +67,9 @@ async def held(graph: Graph, ref: BlockdevRef) -> AsyncIterator[Root]:
             node = await graph.open_node(ref.options)
         root = graph.attach_root(node, UNNAMED, Perm.NONE, report_errors=False)
     try:
+        if perm:
+            async with graph.lock:
+                graph.set_root_perms(root, perm, Perm.ALL)
         yield root
     finally:
         with trio.CancelScope(shield=True):
@@ -79,9 +79,7 @@ async def held(graph: Graph, ref: BlockdevRef) -> AsyncIterator[Root]:
 @asynccontextmanager
 async def opened(graph: Graph, options: dict[str, Json], perm: Perm) -> AsyncIterator[Root]:
     """A way with *perm* to a node of its own that *options* describe, for as long as the context lasts."""
-    async with held(graph, _described(options)) as root:
-        async with graph.lock:
-            graph.set_root_perms(root, perm, Perm.ALL)
+    async with held(graph, _described(options), perm) as root:
         yield root
 
 

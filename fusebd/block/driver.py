@@ -308,10 +308,10 @@ class Driver:
         """Whether the content is that of the primary child, from the first byte to the last."""
         return self.is_filter
 
-    async def amend(self, options: Any) -> None:
+    async def amend(self, options: Any, *, force: bool = False) -> None:
         """Change what the image is, as *options*, of ``amend_options``, say, durably; no request is under way.
 
-        Raises FusebdError; nothing has changed then.
+        *force*: also where that makes the content unreadable.  Raises FusebdError; nothing has changed then.
         """
         raise NotSupported(node_name=self.node.name, operation="amend")
 

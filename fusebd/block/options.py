@@ -109,7 +109,7 @@ def _decode_custom(kind: type, value: Json) -> Any:
 _COMPLAINTS = (
     (re.compile(r"Object missing required field `(?P<f>[^`]*)`"), "Parameter '{p}' is missing"),
     (re.compile(r"Object contains unknown field `(?P<f>[^`]*)`"), "Parameter '{p}' is unexpected"),
-    (re.compile(r"Invalid enum value '?(?P<v>.*?)'?$"), "Parameter '{n}' does not accept value '{v}'"),
+    (re.compile(r"Invalid (?:enum )?value '?(?P<v>.*?)'?$"), "Parameter '{n}' does not accept value '{v}'"),
     (re.compile(r"Expected `int` [<>]= -?214748364[78]$"), "Parameter '{n}' expects int32_t"),
     (
         re.compile(r"Expected `int` [<>]=|Integer value out of range"),

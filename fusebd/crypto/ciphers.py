@@ -57,7 +57,7 @@ def _essiv(key: bytes, hash_name: str) -> Vector:
     """The sector's number, encrypted by a hash of the key."""
     salt = hashlib.new(hash_algorithm(hash_name), key).digest()
     if len(salt) not in (16, 24, 32):
-        raise ImageError(f"No essiv cipher available for AES with hash '{hash_name}'")
+        raise ImageError(f"No AES cipher with key size {len(salt)} available")
     cipher = Cipher(algorithms.AES(salt), modes.ECB())
     return lambda sector: cipher.encryptor().update(_plain64(sector))
 

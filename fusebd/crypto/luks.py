@@ -7,56 +7,153 @@ Limits, order of checks and messages: QEMU crypto/block-luks.c.
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
+from fusebd.block.child import Child
 from fusebd.block.options import Json
+from fusebd.crypto import antiforensic
 from fusebd.crypto.ciphers import SectorCipher, cipher_mode, hash_algorithm
-from fusebd.errors import ImageError
+from fusebd.errors import BlockIOError, ImageError
 from fusebd.ondisk import luks as ondisk
-
-#: reads so many bytes from a byte of the header on
-Read = Callable[[int, int], Awaitable[bytes]]
 
 #: the most iterations that are made for a password: an hour's work, a thousand times what cryptsetup has them be
 _MAX_ITERATIONS = 1 << 31
-_HEADER_SECTORS = ondisk.KEY_MATERIAL_OFFSET // ondisk.SECTOR
+HEADER_SECTORS = ondisk.KEY_MATERIAL_OFFSET // ondisk.SECTOR
+
+
+class HeaderFile:
+    """Where a header is: in *child* from byte *offset* on, and nowhere else if it is *length* bytes long.
+
+    All methods suspend where *child* does, and raise BlockIOError.
+    """
+
+    def __init__(self, child: Child, offset: int = 0, length: int | None = None) -> None:
+        self._child, self._offset, self._length = child, offset, length
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """*length* bytes from byte *offset* of the header on.  Raises ImageError, too."""
+        self._check(offset + length)
+        data = bytearray(length)
+        try:
+            await self._child.preadv(self._offset + offset, (memoryview(data),))
+        except BlockIOError as error:
+            raise error.prefixed("Could not read encryption header") from None
+        return bytes(data)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write *data* at byte *offset* of the header, durably.  Raises ImageError, too."""
+        self._check(offset + len(data))
+        try:
+            await self._child.pwritev(self._offset + offset, (memoryview(data),))
+            await self._child.flush()
+        except BlockIOError as error:
+            raise error.prefixed("Could not write encryption header") from None
+
+    def _check(self, end: int) -> None:
+        if self._length is not None and end > self._length:
+            raise ImageError("Request for data outside of extension header")
+
+
+class LuksHeader:
+    """A header that was checked; its key slots may change.  *detached*: the payload is elsewhere."""
+
+    def __init__(self, fields: Any, *, detached: bool = False) -> None:
+        """*fields* are those of ``ondisk.HEADER``.  Raises ImageError."""
+        _check(fields, detached=detached)
+        self.fields = fields
+        self.spec = _spec(fields)
+        self.detached = detached
+
+    @classmethod
+    async def load(cls, file: HeaderFile, *, detached: bool = False) -> LuksHeader:
+        """The header in *file*.  Suspends where that does.  Raises ImageError, BlockIOError."""
+        return cls(ondisk.HEADER.parse(await file.read(0, ondisk.HEADER_LENGTH)), detached=detached)
+
+    @property
+    def payload_offset(self) -> int:
+        """In bytes from the header's beginning."""
+        return int(self.fields.payload_offset) * ondisk.SECTOR
+
+    @property
+    def active_slots(self) -> list[int]:
+        """The numbers of the key slots that are in use."""
+        return [number for number, slot in enumerate(self.fields.key_slots) if slot.active == ondisk.SLOT_ENABLED]
+
+    def material_place(self, number: int) -> tuple[int, int]:
+        """Where the key material of slot *number* is: byte offset and length."""
+        slot = self.fields.key_slots[number]
+        return slot.key_material_offset * ondisk.SECTOR, self.fields.key_bytes * slot.stripes
+
+    async def key_in_slot(self, file: HeaderFile, number: int, password: bytes) -> bytes | None:
+        """The master key, if slot *number* is in use and *password* opens it.
+
+        Suspends while it reads, and while a worker thread tries the password.  Raises BlockIOError.
+        """
+        if number not in self.active_slots:
+            return None
+        material = await file.read(*self.material_place(number))
+        return await trio.to_thread.run_sync(_opened, self.fields, self.spec, number, material, password)
+
+    async def master_key(self, file: HeaderFile, password: bytes) -> bytes:
+        """The master key, by the first slot that *password* opens.
+
+        Suspends likewise.  Raises ImageError, BlockIOError.
+        """
+        for number in self.active_slots:
+            if (key := await self.key_in_slot(file, number, password)) is not None:
+                return key
+        raise ImageError("Invalid password, cannot unlock any keyslot")
+
+    def info(self) -> dict[str, Json]:
+        """QAPI QCryptoBlockInfoLUKS."""
+        fields, spec = self.fields, self.spec
+        bits = fields.key_bytes * 8 // (2 if spec.mode == "xts" else 1)
+        slots: list[dict[str, Json]] = []
+        for number, slot in enumerate(fields.key_slots):
+            found: dict[str, Json] = {"active": slot.active == ondisk.SLOT_ENABLED}
+            if found["active"]:
+                found |= {"iters": slot.iterations, "stripes": slot.stripes}
+            slots.append({**found, "key-offset": self.material_place(number)[0]})
+        info: dict[str, Json] = {
+            "cipher-alg": f"aes-{bits}",
+            "cipher-mode": spec.mode,
+            "ivgen-alg": spec.ivgen,
+            "hash-alg": spec.hash,
+            "detached-header": self.detached,
+            "payload-offset": self.payload_offset,
+            "master-key-iters": fields.mk_digest_iterations,
+            "uuid": _text(fields.uuid, "uuid"),
+            "slots": slots,
+        }
+        if spec.ivgen == "essiv":
+            info["ivgen-hash-alg"] = spec.ivgen_hash
+        return info
 
 
 @dataclass(frozen=True, slots=True)
 class LuksVolume:
-    """An unlocked volume.  *payload_offset* is in bytes from the header's beginning; *info* is for people."""
+    """An unlocked volume, with its header and where that is."""
 
+    file: HeaderFile
+    header: LuksHeader
     cipher: SectorCipher
-    payload_offset: int
-    info: dict[str, Json]
 
 
-async def unlock(read: Read, password: bytes, *, detached: bool = False) -> LuksVolume:
-    """The volume whose header *read* gives; *detached*: the payload is elsewhere.
+async def unlock(file: HeaderFile, password: bytes, *, detached: bool = False) -> LuksVolume:
+    """The volume whose header is in *file*; *detached*: the payload is elsewhere.
 
     Suspends while it reads, and while a worker thread tries the key slots.  Raises ImageError, BlockIOError.
     """
-    header: Any = ondisk.HEADER.parse(await read(0, ondisk.HEADER_LENGTH))
-    _check(header, detached=detached)
-    spec = _spec(header)
-    materials = []
-    for slot in header.key_slots:
-        length = header.key_bytes * slot.stripes
-        active = slot.active == ondisk.SLOT_ENABLED
-        materials.append(await read(slot.key_material_offset * ondisk.SECTOR, length) if active else b"")
-    key = await trio.to_thread.run_sync(_find_key, header, spec, materials, password)
-    offset = header.payload_offset * ondisk.SECTOR
-    return LuksVolume(spec.cipher(key), offset, _info(header, spec, detached=detached))
+    header = await LuksHeader.load(file, detached=detached)
+    return LuksVolume(file, header, header.spec.cipher(await header.master_key(file, password)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Spec:
-    """How a header says that the volume is encrypted."""
+class LuksSpec:
+    """How a volume is encrypted, as its header says."""
 
     mode: str
     ivgen: str
@@ -80,7 +177,7 @@ def _check(header: Any, *, detached: bool) -> None:
         raise ImageError(f"LUKS version {header.version} is not supported")
     for field, name in (("cipher_name", "cipher name"), ("cipher_mode", "cipher mode"), ("hash_spec", "hash spec")):
         _text(header[field], name)
-    if not detached and header.payload_offset < _HEADER_SECTORS:
+    if not detached and header.payload_offset < HEADER_SECTORS:
         raise ImageError("LUKS payload is overlapping with the header")
     if header.mk_digest_iterations == 0:
         raise ImageError("LUKS key iteration count is zero")
@@ -93,8 +190,8 @@ def _check(header: Any, *, detached: bool) -> None:
         if slot.active == ondisk.SLOT_ENABLED and slot.iterations == 0:
             raise ImageError(f"Keyslot {number} iteration count is zero")
         start = slot.key_material_offset
-        end = start + _split_sectors(header.key_bytes)
-        if start < _HEADER_SECTORS:
+        end = start + split_sectors(header.key_bytes)
+        if start < HEADER_SECTORS:
             raise ImageError(f"Keyslot {number} is overlapping with the LUKS header")
         if not detached and end > header.payload_offset:
             raise ImageError(f"Keyslot {number} is overlapping with the encrypted payload")
@@ -108,13 +205,13 @@ def _check(header: Any, *, detached: bool) -> None:
         raise ImageError("LUKS key iteration count is too large")
 
 
-def _split_sectors(key_bytes: int) -> int:
+def split_sectors(key_bytes: int) -> int:
     """The sectors of a slot's key material, rounded up as where it begins is."""
     sectors = -(-key_bytes * ondisk.STRIPES // ondisk.SECTOR)
-    return -(-sectors // _HEADER_SECTORS) * _HEADER_SECTORS
+    return -(-sectors // HEADER_SECTORS) * HEADER_SECTORS
 
 
-def _spec(header: Any) -> _Spec:
+def _spec(header: Any) -> LuksSpec:
     whole = _text(header.cipher_mode, "cipher mode")
     mode, dash, rest = whole.partition("-")
     if not dash:
@@ -127,69 +224,27 @@ def _spec(header: Any) -> _Spec:
     size = header.key_bytes // (2 if mode == "xts" else 1)
     if name != "aes" or size not in (16, 24, 32):
         raise ImageError(f"Algorithm '{name}' with key size {size} bytes not supported")
-    spec = _Spec(mode, ivgen, ivgen_hash, hash_algorithm(_text(header.hash_spec, "hash spec")))
+    spec = LuksSpec(mode, ivgen, ivgen_hash, hash_algorithm(_text(header.hash_spec, "hash spec")))
     spec.cipher(bytes(header.key_bytes))
     return spec
 
 
-def _find_key(header: Any, spec: _Spec, materials: list[bytes], password: bytes) -> bytes:
-    """The master key, from the first slot that *password* opens.  *materials*: empty where a slot is not in use."""
-    for slot, material in zip(header.key_slots, materials, strict=True):
-        if not material:
-            continue
-        opening = hashlib.pbkdf2_hmac(spec.hash, password, slot.salt, slot.iterations, header.key_bytes)
-        padded = material.ljust(-(-len(material) // ondisk.SECTOR) * ondisk.SECTOR, b"\0")
-        key = _merge(spec.cipher(opening).decrypt(0, padded)[: len(material)], header.key_bytes, spec.hash)
-        digest = hashlib.pbkdf2_hmac(
-            spec.hash, key, header.mk_digest_salt, header.mk_digest_iterations, ondisk.DIGEST_LENGTH
-        )
-        if digest == header.mk_digest:
-            return key
-    raise ImageError("Invalid password, cannot unlock any keyslot")
+def _opened(fields: Any, spec: LuksSpec, number: int, material: bytes, password: bytes) -> bytes | None:
+    """The master key that is split and encrypted in *material*, slot *number*'s, if *password* opens it."""
+    slot = fields.key_slots[number]
+    opening = hashlib.pbkdf2_hmac(spec.hash, password, slot.salt, slot.iterations, fields.key_bytes)
+    split = spec.cipher(opening).decrypt(0, whole_sectors(material))[: len(material)]
+    key = antiforensic.merge(split, fields.key_bytes, spec.hash)
+    return (
+        key if key_digest(spec, key, fields.mk_digest_salt, fields.mk_digest_iterations) == fields.mk_digest else None
+    )
 
 
-def _merge(material: bytes, key_bytes: int, hash_name: str) -> bytes:
-    """The key that was split into *material*, the anti-forensic way."""
-    key = bytes(key_bytes)
-    last = len(material) - key_bytes
-    for at in range(0, last, key_bytes):
-        key = _diffused(_xor(key, material[at : at + key_bytes]), hash_name)
-    return _xor(key, material[last:])
+def key_digest(spec: LuksSpec, key: bytes, salt: bytes, iterations: int) -> bytes:
+    """What a header has of its master key, to know it again by."""
+    return hashlib.pbkdf2_hmac(spec.hash, key, salt, iterations, ondisk.DIGEST_LENGTH)
 
 
-def _xor(a: bytes, b: bytes) -> bytes:
-    return (int.from_bytes(a, "big") ^ int.from_bytes(b, "big")).to_bytes(len(a), "big")
-
-
-def _diffused(block: bytes, hash_name: str) -> bytes:
-    size = hashlib.new(hash_name).digest_size
-    parts = []
-    for number, at in enumerate(range(0, len(block), size)):
-        part = block[at : at + size]
-        parts.append(hashlib.new(hash_name, struct.pack(">I", number) + part).digest()[: len(part)])
-    return b"".join(parts)
-
-
-def _info(header: Any, spec: _Spec, *, detached: bool) -> dict[str, Json]:
-    """QAPI QCryptoBlockInfoLUKS."""
-    bits = header.key_bytes * 8 // (2 if spec.mode == "xts" else 1)
-    slots: list[dict[str, Json]] = []
-    for slot in header.key_slots:
-        found: dict[str, Json] = {"active": slot.active == ondisk.SLOT_ENABLED}
-        if found["active"]:
-            found |= {"iters": slot.iterations, "stripes": slot.stripes}
-        slots.append({**found, "key-offset": slot.key_material_offset * ondisk.SECTOR})
-    info: dict[str, Json] = {
-        "cipher-alg": f"aes-{bits}",
-        "cipher-mode": spec.mode,
-        "ivgen-alg": spec.ivgen,
-        "hash-alg": spec.hash,
-        "detached-header": detached,
-        "payload-offset": header.payload_offset * ondisk.SECTOR,
-        "master-key-iters": header.mk_digest_iterations,
-        "uuid": _text(header.uuid, "uuid"),
-        "slots": slots,
-    }
-    if spec.ivgen == "essiv":
-        info["ivgen-hash-alg"] = spec.ivgen_hash
-    return info
+def whole_sectors(data: bytes) -> bytes:
+    """*data*, made as long as whole sectors by zeroes: key material of some ciphers ends in the midst of one."""
+    return data.ljust(-(-len(data) // ondisk.SECTOR) * ondisk.SECTOR, b"\0")

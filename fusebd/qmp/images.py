@@ -39,7 +39,7 @@ class XBlockdevAmend(OptionStruct, frozen=True, kw_only=True):
     job_id: Annotated[str, Meta(description="name of the job")]
     node_name: Annotated[str, Meta(description="node of the image that is to be changed")]
     options: Annotated[dict[str, Json], Meta(description="the driver, and what is to be changed")]
-    force: Annotated[bool, Meta(description="accepted, not used")] = False
+    force: Annotated[bool, Meta(description="even if the content becomes unreadable")] = False
 
 
 @command("x-blockdev-amend", XBlockdevAmend)
@@ -65,7 +65,7 @@ async def x_blockdev_amend(context: Context, arguments: XBlockdevAmend) -> None:
             if node.read_only:
                 raise ReadOnlyError("Image is read-only")
             async with graph.drained(node):
-                await node.driver.amend(options)
+                await node.driver.amend(options, force=arguments.force)
 
     context.service(Jobs).start(arguments.job_id, "amend", amend)
 

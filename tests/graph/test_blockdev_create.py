@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from creations import by_qemu, create, daemon, finished, node
 from images import check_image, info
-from mounting import Qmp, run
+from mounting import run
 from qemuprograms import storage_daemon
-from qmptalk import Talk, disk, talking
+from qmptalk import disk
 from support import read, root_of, write
 
-from fusebd.block.graph import Graph
 from fusebd.block.jobs import Jobs
 from fusebd.errors import CommandError
-from fusebd.qmp.server import QmpServer
 
 Json = Any
 M = 1 << 20
@@ -73,49 +70,6 @@ REFUSED: dict[str, dict[str, Json]] = {
     "no-such-format": {"size": M, "backing-file": "b", "backing-fmt": "nope"},
     "no-size": {},
 }
-
-
-@asynccontextmanager
-async def daemon() -> AsyncIterator[tuple[Graph, Talk]]:
-    """A graph without nodes, and its monitor, which knows jobs."""
-    graph = Graph()
-    try:
-        async with trio.open_nursery() as nursery:
-            server = QmpServer(graph, lambda: None, services={Jobs: Jobs(nursery, graph.emit)})
-            async with talking(server) as talk:
-                yield graph, talk
-            nursery.cancel_scope.cancel()
-    finally:
-        await graph.close()
-
-
-async def finished(talk: Talk, job: str) -> Json:
-    """What query-jobs says of *job* once it has concluded; it is dismissed then."""
-    while (found := next(j for j in await talk.execute("query-jobs") if j["id"] == job))["status"] != "concluded":
-        await trio.sleep(0.01)
-    await talk.execute("job-dismiss", id=job)
-    return found
-
-
-async def create(talk: Talk, **options: Json) -> Json:
-    """The error of the job that makes what *options* say, None if it makes it."""
-    await talk.execute("blockdev-create", job_id="making", options=options)
-    return (await finished(talk, "making")).get("error")
-
-
-def by_qemu(monitor: Qmp, **options: Json) -> Json:
-    """The same by QEMU: the job's error, or the command's."""
-    answer = monitor.ask({"execute": "blockdev-create", "arguments": {"job-id": "making", "options": options}})
-    if "error" in answer:
-        return answer["error"]["desc"]
-    while (job := monitor("query-jobs")[0])["status"] != "concluded":
-        pass
-    monitor("job-dismiss", {"id": "making"})
-    return job.get("error")
-
-
-def node(path: Path, name: str = "image") -> Json:
-    return {"driver": "file", "node-name": name, "filename": path.name}
 
 
 async def both(directory: Path, given: dict[str, Json]) -> tuple[tuple[str | None, bytes, bytes], ...]:

@@ -27,7 +27,7 @@ K = 1024
 SIZE = 600 * K
 SECRET = ("--object", "secret,id=key,data=open sesame")
 FAST = {"iter-time": 10}
-Luks = Callable[[Path, str], Path]
+Maker = Callable[[Path, str], Path]
 
 LUKS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -65,7 +65,7 @@ def created(path: Path, image_format: str, options: dict[str, Any], *words: str 
 
 
 @pytest.fixture(scope="module")
-def luks(tmp_path_factory: pytest.TempPathFactory) -> Luks:
+def luks(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """Makes a copy of the LUKS volume of a name in LUKS."""
     directory = tmp_path_factory.mktemp("luks")
 
@@ -76,7 +76,23 @@ def luks(tmp_path_factory: pytest.TempPathFactory) -> Luks:
     return lambda path, name: Path(shutil.copy(template(name), path))
 
 
-def qcow2(path: Path, name: str) -> Path:
+@pytest.fixture(scope="module")
+def qcow2(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Makes a copy of the image of a name in QCOW2, or that image where a copy would share its data file."""
+
+    @cache
+    def template(name: str) -> Path:
+        return new_qcow2(tmp_path_factory.mktemp(name) / name, name)
+
+    def make(path: Path, name: str) -> Path:
+        if "data_file" in QCOW2[name]:
+            return new_qcow2(path, name)
+        return Path(shutil.copy(template(name), path))
+
+    return make
+
+
+def new_qcow2(path: Path, name: str) -> Path:
     """The image of a name in QCOW2, with something in it."""
     options = dict(QCOW2[name])
     backed, snapshot, data_file = (options.pop(word, False) for word in ("backed", "snapshot", "data_file"))
@@ -134,7 +150,7 @@ QCOW2_FORMAT = {name: str(options["encrypt.format"]) for name, options in QCOW2.
 
 
 @pytest.mark.parametrize("name", LUKS)
-async def test_a_luks_disk_in_turn_with_qemu(graph: Graph, tmp_path: Path, luks: Luks, name: str) -> None:
+async def test_a_luks_disk_in_turn_with_qemu(graph: Graph, tmp_path: Path, luks: Maker, name: str) -> None:
     path = luks(tmp_path / name, name)
     await with_secret(graph)
     rng = random.Random(name)
@@ -151,7 +167,7 @@ async def test_a_luks_disk_in_turn_with_qemu(graph: Graph, tmp_path: Path, luks:
 
 
 @pytest.mark.parametrize("name", QCOW2)
-async def test_an_encrypted_image_in_turn_with_qemu(graph: Graph, tmp_path: Path, name: str) -> None:
+async def test_an_encrypted_image_in_turn_with_qemu(graph: Graph, tmp_path: Path, name: str, qcow2: Maker) -> None:
     path = qcow2(tmp_path / name, name)
     await with_secret(graph)
     rng = random.Random(name)
@@ -172,7 +188,9 @@ async def test_an_encrypted_image_in_turn_with_qemu(graph: Graph, tmp_path: Path
 
 
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc"])
-async def test_an_encrypted_image_grows_by_zeroes(graph: Graph, tmp_path: Path, preallocation: Any) -> None:
+async def test_an_encrypted_image_grows_by_zeroes(
+    graph: Graph, tmp_path: Path, preallocation: Any, qcow2: Maker
+) -> None:
     path = qcow2(tmp_path / "luks", "luks")
     await with_secret(graph)
     model = content(path, "qcow2")
@@ -184,7 +202,7 @@ async def test_an_encrypted_image_grows_by_zeroes(graph: Graph, tmp_path: Path, 
     assert content(path, "qcow2") == model + bytes(SIZE)
 
 
-async def test_the_refcounts_of_a_dirty_image_are_made_anew(graph: Graph, tmp_path: Path) -> None:
+async def test_the_refcounts_of_a_dirty_image_are_made_anew(graph: Graph, tmp_path: Path, qcow2: Maker) -> None:
     """The encryption header has clusters of its own."""
     path = qcow2(tmp_path / "luks", "luks")
     model = content(path, "qcow2")
@@ -196,7 +214,7 @@ async def test_the_refcounts_of_a_dirty_image_are_made_anew(graph: Graph, tmp_pa
     check(path)
 
 
-async def test_it_is_said_how_a_disk_is_encrypted(graph: Graph, tmp_path: Path, luks: Luks) -> None:
+async def test_it_is_said_how_a_disk_is_encrypted(graph: Graph, tmp_path: Path, luks: Maker, qcow2: Maker) -> None:
     await with_secret(graph)
     volume = luks(tmp_path / "x", "cbc-essiv")
     for driver, path in (("luks", volume), ("qcow2", qcow2(tmp_path / "luks-essiv", "luks-essiv"))):
@@ -212,7 +230,7 @@ async def test_it_is_said_how_a_disk_is_encrypted(graph: Graph, tmp_path: Path, 
         assert ours["encrypted"] is theirs["encrypted"] is True
 
 
-async def test_a_header_in_another_node(graph: Graph, tmp_path: Path, luks: Luks) -> None:
+async def test_a_header_in_another_node(graph: Graph, tmp_path: Path, luks: Maker) -> None:
     path = luks(tmp_path / "whole", "default")
     io(path, "luks", "write -P 7 0 600k")
     data = path.read_bytes()
@@ -254,7 +272,7 @@ REFUSED: dict[str, tuple[str, list[tuple[int, bytes]]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_what_cannot_be_opened_is_refused_in_qemus_words(
-    graph: Graph, tmp_path: Path, luks: Luks, name: str
+    graph: Graph, tmp_path: Path, luks: Maker, name: str
 ) -> None:
     password, edits = REFUSED[name]
     path = patch(luks(tmp_path / "image", "default"), *edits)
@@ -267,7 +285,7 @@ async def test_what_cannot_be_opened_is_refused_in_qemus_words(
     assert list(graph.nodes) == []
 
 
-async def test_options_have_to_fit_the_image(graph: Graph, tmp_path: Path, luks: Luks) -> None:
+async def test_options_have_to_fit_the_image(graph: Graph, tmp_path: Path, luks: Maker, qcow2: Maker) -> None:
     await with_secret(graph)
     plain = tmp_path / "plain"
     run("qemu-img", "create", "-q", "-f", "qcow2", plain, "1M")
@@ -294,7 +312,7 @@ async def test_options_have_to_fit_the_image(graph: Graph, tmp_path: Path, luks:
     assert list(graph.nodes) == []
 
 
-async def test_damaged_headers_open_or_are_refused(graph: Graph, tmp_path: Path, luks: Luks) -> None:
+async def test_damaged_headers_open_or_are_refused(graph: Graph, tmp_path: Path, luks: Maker) -> None:
     await with_secret(graph)
     source = luks(tmp_path / "source", "default")
     path = tmp_path / "image"

@@ -13,10 +13,10 @@ from typing import Annotated
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.creation import CreateOptions, Creator
+from fusebd.block.creation import Creator
 from fusebd.block.driver import Preallocation
 from fusebd.block.graph import Graph
-from fusebd.block.options import Uint64
+from fusebd.block.options import OptionStruct, Uint64
 from fusebd.block.perms import Perm
 from fusebd.drivers.file import syscalls
 from fusebd.drivers.file.locks import ImageLocks
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 _DEFAULT_EXTENT_SIZE = 1 << 20
 
 
-class FileCreateOptions(CreateOptions, frozen=True, kw_only=True):
+class FileCreateOptions(OptionStruct, frozen=True, kw_only=True):
+    driver: str
     filename: Annotated[str, Meta(description="path of the file")]
     size: Annotated[Uint64, Meta(description="its length, bytes")]
     preallocation: Annotated[Preallocation, Meta(description="off, falloc or full")] = "off"

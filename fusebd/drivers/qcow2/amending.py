@@ -9,11 +9,13 @@ and messages: QEMU qcow2_amend_options, qcow2_co_change_backing_file (block/qcow
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
 from fusebd.block.options import OptionStruct
+from fusebd.crypto.options import AesChange, LuksChange
 from fusebd.drivers.qcow2.firstcluster import build_first_cluster
 from fusebd.drivers.qcow2.header import Header
 from fusebd.drivers.qcow2.image import Image
@@ -27,6 +29,7 @@ class AmendOptions(OptionStruct, frozen=True, kw_only=True):
     lazy_refcounts: Annotated[bool | UnsetType, Meta(description="let refcount updates be postponed")] = UNSET
     backing_file: Annotated[str | UnsetType, Meta(description="name of the backing file; empty: none")] = UNSET
     backing_fmt: Annotated[str | UnsetType, Meta(description="format of the backing file")] = UNSET
+    encrypt: Annotated[LuksChange | AesChange | UnsetType, Meta(description="key slots to be filled or erased")] = UNSET
 
 
 async def amend_header(image: Image, options: AmendOptions) -> None:
@@ -54,7 +57,7 @@ async def amend_header(image: Image, options: AmendOptions) -> None:
     if options.backing_fmt is not UNSET:
         backing_format = options.backing_fmt
     _check_backing(header, name, backing_format)
-    await _write_first_cluster(image, changes, name, backing_format)
+    await write_first_cluster(image, changes, name, backing_format)
 
 
 def _check_backing(header: Header, name: str, backing_format: str) -> None:
@@ -69,8 +72,14 @@ def _check_backing(header: Header, name: str, backing_format: str) -> None:
         raise CommandError(f"Backing format '{backing_format}' is too long")
 
 
-async def _write_first_cluster(image: Image, changes: dict[str, int], name: str, backing_format: str) -> None:
-    """Write the header with *changes* of its fields, and with another backing file, durably.
+async def write_first_cluster(
+    image: Image,
+    changes: dict[str, int],
+    name: str,
+    backing_format: str,
+    added: Sequence[tuple[int, bytes]] = (),
+) -> None:
+    """Write the header with *changes* of its fields, another backing file, and *added* extensions, durably.
 
     Raises ImageError (ENOSPC), BlockIOError.
     """
@@ -79,6 +88,7 @@ async def _write_first_cluster(image: Image, changes: dict[str, int], name: str,
     fields = ondisk.parse_header(before[: ondisk.HEADER_FULL_LENGTH])
     unknown = before[ondisk.HEADER_FULL_LENGTH : fields["header_length"]]
     extensions = [(kind, body) for kind, body in header.extensions if kind != ondisk.EXT_BACKING_FORMAT]
+    extensions += added
     if backing_format:
         extensions.insert(0, (ondisk.EXT_BACKING_FORMAT, backing_format.encode()))
     data = build_first_cluster({**fields, **changes}, extensions, name, unknown)

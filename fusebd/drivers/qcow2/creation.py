@@ -14,19 +14,23 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from fusebd.block.creation import CreateOptions, Creator, held, opened
+from fusebd.block.creation import Creator, held, opened
 from fusebd.block.driver import Preallocation
 from fusebd.block.graph import Graph
 from fusebd.block.naming import node_filename
-from fusebd.block.options import BlockdevRef, Int, Json, Uint64
+from fusebd.block.options import BlockdevRef, Int, Json, OptionStruct, Uint64
 from fusebd.block.perms import Perm
 from fusebd.block.root import Root
+from fusebd.crypto.options import AesEncryption, LuksEncryption
+from fusebd.drivers.qcow2.driver import Qcow2
+from fusebd.drivers.qcow2.encryption import required_secret
 from fusebd.drivers.qcow2.firstcluster import build_first_cluster
 from fusebd.drivers.qcow2.refblock import RefcountWidth
 from fusebd.errors import BlockIOError, CommandError, ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 _SECTOR = 512
+_WRITING = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
 #: the image formats that a backing file can be said to have: those of QAPI's BlockdevDriver
 BackingFormat = Literal[
     "blkdebug", "blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "compress", "copy-before-write",
@@ -37,7 +41,8 @@ BackingFormat = Literal[
 ]  # fmt: skip
 
 
-class Qcow2CreateOptions(CreateOptions, frozen=True, kw_only=True):
+class Qcow2CreateOptions(OptionStruct, frozen=True, kw_only=True):
+    driver: str
     file: Annotated[BlockdevRef, Meta(description="the node that is to hold the image")]
     data_file: Annotated[BlockdevRef | UnsetType, Meta(description="the node that is to hold the guest data")] = UNSET
     data_file_raw: Annotated[bool, Meta(description="the data file reads as the disk does by itself")] = False
@@ -51,6 +56,9 @@ class Qcow2CreateOptions(CreateOptions, frozen=True, kw_only=True):
     lazy_refcounts: Annotated[bool, Meta(description="let refcount updates be postponed")] = False
     refcount_bits: Annotated[Int, Meta(description="1 to 64")] = 16
     compression_type: Annotated[Literal["zlib", "zstd"], Meta(description="for compressed clusters")] = "zlib"
+    encrypt: Annotated[
+        LuksEncryption | AesEncryption | UnsetType, Meta(description="how the guest data are encrypted")
+    ] = UNSET
 
     @property
     def header_version(self) -> int:
@@ -109,7 +117,7 @@ def _header(options: Qcow2CreateOptions) -> dict[str, Any]:
         "version": options.header_version,
         "cluster_bits": options.cluster_size.bit_length() - 1,
         "size": 0,
-        "crypt_method": 0,
+        "crypt_method": ondisk.CRYPT_AES if isinstance(options.encrypt, AesEncryption) else 0,
         "l1_size": 0,
         "l1_table_offset": 0,
         "refcount_table_offset": options.cluster_size,
@@ -163,8 +171,17 @@ async def _create(graph: Graph, options: Qcow2CreateOptions) -> None:
             data_name = node_filename(data_file.node)
         if options.compression_type != "zlib" and options.version == "v2":
             raise _needs_v3("Non-zlib compression type is only supported with")
+        encrypt, key = options.encrypt, {}
+        if not isinstance(encrypt, UnsetType):
+            kind = "luks" if isinstance(encrypt, LuksEncryption) else "aes"
+            key = {"encrypt": {"format": kind, "key-secret": required_secret(encrypt)}}
         await _write(graph, file, _first_clusters(options, data_name))
-        async with opened(graph, image, Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE) as disk:
+        if isinstance(encrypt, LuksEncryption):
+            async with opened(graph, image, _WRITING) as disk:
+                driver = disk.node.driver
+                assert isinstance(driver, Qcow2)
+                await driver.encrypt(encrypt)
+        async with opened(graph, image | key, _WRITING) as disk:
             await _resize(disk, options)
 
 

@@ -38,6 +38,7 @@ from fusebd.block.perms import Role
 from fusebd.block.queueing import Batch, Done, QueueRead
 from fusebd.block.snapshots import SnapshotStore
 from fusebd.crypto import SECTOR
+from fusebd.crypto.options import LuksEncryption
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
 from fusebd.drivers.qcow2.amending import AmendOptions, amend_header
@@ -50,6 +51,7 @@ from fusebd.drivers.qcow2.encryption import Encryption, unlock_image
 from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
+from fusebd.drivers.qcow2.luksvolume import amend_volume, make_luks_volume
 from fusebd.drivers.qcow2.options import (
     OL_BITMAP_DIRECTORY,
     OL_MAIN_HEADER,
@@ -277,15 +279,24 @@ class Qcow2(FormatDriver):
 
     # -- being amended --------------------------------------------------------------------------
 
-    async def amend(self, options: AmendOptions) -> None:
+    async def amend(self, options: AmendOptions, *, force: bool = False) -> None:
         """Change what the image is, as *options* say.  No request is under way.  Raises FusebdError."""
         image = self._image
         image.check_usable()
         await self.write_out()
+        if not isinstance(options.encrypt, UnsetType):
+            await amend_volume(image.encryption, options.encrypt, self.node.graph.objects, force=force)
         async with image.lock:
             await amend_header(image, options)
         if options.backing_file is not UNSET:
             self._backing_name = self.header.backing_file
+
+    async def encrypt(self, parameters: LuksEncryption) -> None:
+        """Make the image, which is not encrypted and has no data, one of those that are, when it is opened next.
+
+        Raises FusebdError.
+        """
+        await make_luks_volume(self._image, self._refcounts, parameters, self.node.graph.objects)
 
     # -- being checked --------------------------------------------------------------------------
 

@@ -17,14 +17,16 @@ from fusebd.block.child import Buffers, Child, copy_into, nbytes
 from fusebd.block.objects import Objects
 from fusebd.block.options import Json
 from fusebd.crypto import SECTOR
+from fusebd.crypto.options import AesEncryption, LuksEncryption
 from fusebd.drivers.qcow2.data import DataFile
-from fusebd.drivers.qcow2.header import Header, read_bytes
+from fusebd.drivers.qcow2.header import Header
 from fusebd.drivers.qcow2.options import Encryption as EncryptionOptions
-from fusebd.errors import ImageError, OptionError
+from fusebd.errors import OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
 if TYPE_CHECKING:
     from fusebd.crypto.ciphers import SectorCipher
+    from fusebd.crypto.luks import LuksVolume
 
 _FORMATS = {ondisk.CRYPT_AES: "aes", ondisk.CRYPT_LUKS: "luks"}
 _AES_KEY_BYTES = 16
@@ -32,11 +34,19 @@ _AES_KEY_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Encryption:
-    """How the guest data of one image is encrypted; *by_host_offset* says which place a sector's number is of."""
+    """How the guest data of one image is encrypted: as the LUKS *volume* says, or else with its password as the key.
+
+    *secret* names the object that has the password.
+    """
 
     cipher: SectorCipher
-    by_host_offset: bool
-    info: dict[str, Json]
+    volume: LuksVolume | None
+    secret: str
+
+    @property
+    def info(self) -> dict[str, Json]:
+        """QAPI ImageInfoSpecificQCow2Encryption."""
+        return {"format": "aes"} if self.volume is None else {"format": "luks", **self.volume.header.info()}
 
     async def read(
         self, data: Child | DataFile, host_offset: int, guest_offset: int, shift: int, bufs: Buffers
@@ -55,7 +65,14 @@ class Encryption:
         return (memoryview(secret),)
 
     def _number(self, host_offset: int, guest_offset: int) -> int:
-        return (host_offset if self.by_host_offset else guest_offset) // SECTOR
+        return (guest_offset if self.volume is None else host_offset) // SECTOR
+
+
+def required_secret(options: EncryptionOptions | LuksEncryption | AesEncryption | UnsetType) -> str:
+    """The name of the secret in *options*.  Raises OptionError."""
+    if isinstance(options, UnsetType) or options.key_secret is UNSET:
+        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
+    return str(options.key_secret)
 
 
 async def unlock_image(
@@ -73,21 +90,15 @@ async def unlock_image(
     kind = _FORMATS[header.crypt_method]
     if given not in (None, kind):
         raise OptionError(f"Header reported '{kind}' encryption format but options specify '{given}'")
-    if isinstance(options, UnsetType) or options.key_secret is UNSET:
-        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
+    secret = required_secret(options)
     # with OpenSSL they take some megabytes, which other images need not pay for
     from fusebd.crypto.ciphers import SectorCipher
-    from fusebd.crypto.luks import unlock
+    from fusebd.crypto.luks import HeaderFile, unlock
 
-    password = objects.password(str(options.key_secret))
+    password = objects.password(secret)
     if header.crypt_method == ondisk.CRYPT_AES:
         key = password[:_AES_KEY_BYTES].ljust(_AES_KEY_BYTES, b"\0")
-        return Encryption(SectorCipher(key, "cbc", "plain64"), False, {"format": "aes"})
-
-    async def read(offset: int, length: int) -> bytes:
-        if offset + length > header.crypto_header_length:
-            raise ImageError("Request for data outside of extension header")
-        return await read_bytes(file, header.crypto_header_offset + offset, length, "Could not read encryption header")
-
-    volume = await unlock(read, password)
-    return Encryption(volume.cipher, True, {"format": "luks", **volume.info})
+        return Encryption(SectorCipher(key, "cbc", "plain64"), None, secret)
+    place = HeaderFile(file, header.crypto_header_offset, header.crypto_header_length)
+    volume = await unlock(place, password)
+    return Encryption(volume.cipher, volume, secret)

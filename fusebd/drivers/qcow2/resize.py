@@ -99,7 +99,11 @@ class Resizer:
         await self._zeroer.forget(start, end - start)
         if prealloc != "off":
             await self._allocator.preallocate(start, end - start, sparse=prealloc == "metadata")
-        if zero or (prealloc != "off" and self._image.encryption is not None):
+        # what is there is not what zeroes are encrypted as
+        encrypted = prealloc != "off" and self._image.encryption is not None
+        if encrypted and self._image.header.version < 3:
+            await self._write_zeroes(start, new)
+        elif zero or encrypted:
             await self._zeroer.zeroize(start, end - start, 0)
 
     async def _write_zeroes(self, start: int, end: int) -> None:

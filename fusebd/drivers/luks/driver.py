@@ -5,7 +5,7 @@ Options: QAPI BlockdevOptionsLUKS.  Behaviour: QEMU block/crypto.c.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -23,10 +23,12 @@ from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Json
 from fusebd.block.perms import Role
 from fusebd.crypto import SECTOR
-from fusebd.errors import BlockIOError, ImageError, OptionError
+from fusebd.crypto.options import KeySlotChange
+from fusebd.errors import ImageError, OptionError
 from fusebd.ondisk import luks as ondisk
 
 if TYPE_CHECKING:
+    from fusebd.block.creation import Creator
     from fusebd.crypto.luks import LuksVolume
 
 #: the most that is encrypted at once, in bytes
@@ -41,16 +43,21 @@ class LuksOptions(BlockdevOptions, frozen=True, kw_only=True):
     )
 
 
+class LuksAmendOptions(KeySlotChange, frozen=True, kw_only=True):
+    driver: Literal["luks"]
+
+
 @register("luks", LuksOptions)
 class Luks(FormatDriver):
     """Requests are whole sectors.  They suspend where ``file`` does, and while worker threads encrypt."""
 
     strong_options = frozenset({"key-secret"})
+    amend_options = LuksAmendOptions
 
     def __init__(self, node: Node, file: Child, volume: LuksVolume) -> None:
         super().__init__(node)
         self._file, self._volume, self._cipher = file, volume, volume.cipher
-        self._offset = volume.payload_offset
+        self._offset = volume.header.payload_offset
         self.length = file.node.driver.length - self._offset
         self.limits.request_alignment = SECTOR
         self.limits.max_transfer = _MAX_TRANSFER
@@ -60,6 +67,12 @@ class Luks(FormatDriver):
         return 100 if data[:6] == ondisk.MAGIC and data[6:8] == b"\0\1" else 0
 
     @classmethod
+    def creator(cls) -> Creator | None:
+        from fusebd.drivers.luks.creation import CREATOR  # most daemons never make a disk
+
+        return CREATOR
+
+    @classmethod
     async def open(cls, opening: Opening, options: LuksOptions) -> Luks:
         file = await opening.child("file", options.file, Role.IMAGE)
         header = file
@@ -67,22 +80,20 @@ class Luks(FormatDriver):
             header = await opening.child("header", options.header, Role.METADATA)
         if options.key_secret is UNSET:
             raise OptionError("Parameter 'key-secret' is required for cipher")
-        from fusebd.crypto.luks import unlock  # OpenSSL takes some megabytes
+        from fusebd.crypto.luks import HeaderFile, unlock  # OpenSSL takes some megabytes
 
         password = opening.graph.objects.password(str(options.key_secret))
-
-        async def read(offset: int, length: int) -> bytes:
-            data = bytearray(length)
-            try:
-                await header.preadv(offset, (memoryview(data),))
-            except BlockIOError as error:
-                raise error.prefixed("Unable to read encryption header") from None
-            return bytes(data)
-
-        volume = await unlock(read, password, detached=header is not file)
-        if volume.payload_offset > file.node.driver.length:
+        volume = await unlock(HeaderFile(header), password, detached=header is not file)
+        if volume.header.payload_offset > file.node.driver.length:
             raise ImageError("LUKS payload is past the end of the file")
         return cls(opening.node, file, volume)
+
+    async def amend(self, options: LuksAmendOptions, *, force: bool = False) -> None:
+        from fusebd.crypto.keyslots import change_slots
+
+        given = self.node.options
+        assert isinstance(given, LuksOptions)
+        await change_slots(self._volume, options, self.node.graph.objects, str(given.key_secret), force=force)
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         data = bytearray(nbytes(bufs))
@@ -112,4 +123,4 @@ class Luks(FormatDriver):
             self.node.set_length(child.node.driver.length - self._offset)
 
     def format_info(self) -> dict[str, Json]:
-        return {"encrypted": True, "format-specific": {"type": "luks", "data": self._volume.info}}
+        return {"encrypted": True, "format-specific": {"type": "luks", "data": self._volume.header.info()}}
