@@ -197,8 +197,8 @@ def test_an_image_serves_one_daemon_only(mount: Callable[..., Mount], scratch: P
 @on_devfuse
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_start_that_is_interrupted_leaves_nothing(mount: Callable[..., Mount], scratch: Path, number: int) -> None:
-    # An image that takes two seconds to look at.
-    mounted = mount({"driver": "null-co", "node-name": "slow", "latency-ns": 2 * 10**9})
+    # An image that takes four seconds to look at.
+    mounted = mount({"driver": "null-co", "node-name": "slow", "latency-ns": 4 * 10**9})
     (scratch / "second").mkdir()
     command = [*FUSEBD, "mount", *blockdev(qcow2("disk", mounted / "slow")), str(scratch / "second")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
