@@ -41,7 +41,7 @@ from fusebd.crypto import SECTOR
 from fusebd.crypto.options import LuksEncryption
 from fusebd.drivers.qcow2 import mapping, subclusters
 from fusebd.drivers.qcow2.allocation import Allocator
-from fusebd.drivers.qcow2.amending import AmendOptions, amend_header
+from fusebd.drivers.qcow2.amending import Amender, AmendOptions
 from fusebd.drivers.qcow2.appending import Appender
 from fusebd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from fusebd.drivers.qcow2.cleaning import Cleaner
@@ -284,10 +284,21 @@ class Qcow2(FormatDriver):
         image = self._image
         image.check_usable()
         await self.write_out()
-        if not isinstance(options.encrypt, UnsetType):
-            await amend_volume(image.encryption, options.encrypt, self.node.graph.objects, force=force)
         async with image.lock:
-            await amend_header(image, options)
+            self._tables.slices.clear()
+            amender = Amender(
+                image,
+                self._tables,
+                self._refcounts,
+                self._snapshots,
+                options,
+                self._snapshot_store.rewrite,
+                backed=self._backing is not None or bool(self.header.backing_file),
+            )
+            amender.check()
+            if not isinstance(options.encrypt, UnsetType):
+                await amend_volume(image.encryption, options.encrypt, self.node.graph.objects, force=force)
+            await amender.amend()
         if options.backing_file is not UNSET:
             self._backing_name = self.header.backing_file
 

@@ -173,14 +173,18 @@ class Image:
         if not self._signal(message, offset, size, fatal=fatal):
             return error
         if fatal:
-            self.usable = False
-            for callback in self.on_unusable:
-                callback()
+            self.give_up()
             try:
                 await self.set_incompatible(header.incompatible_features | ondisk.INCOMPAT_CORRUPT)
             except BlockIOError as failure:
                 log.error("%s: could not mark the image as corrupt: %s", self.node.name, failure)
         return error
+
+    def give_up(self) -> None:
+        """Nobody may use the image any more: what is known of it may not be so."""
+        self.usable = False
+        for callback in self.on_unusable:
+            callback()
 
     def note_corruption(self, message: str) -> None:
         """Report the corruption *message*, which hurts nobody further."""

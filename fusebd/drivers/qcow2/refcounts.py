@@ -80,13 +80,29 @@ class Refcounts:
         image.metadata.add(OL_REFCOUNT_TABLE, self.table_offset, length)
         await image.announce("reftable_load")
         try:
-            self.table = array("Q", bytes(await image.read(self.table_offset, length)))
+            table = array("Q", bytes(await image.read(self.table_offset, length)))
         except BlockIOError as error:
             raise error.prefixed("Could not initialize refcount handling") from None
-        self.table.byteswap()
-        for entry in filter(None, self.table):
+        table.byteswap()
+        self._take(table)
+
+    def adopt(self, order: int, table: array[int]) -> None:
+        r"""Go by *table*, which is where the header says now, and by 2**\ *order* bits; all blocks are written."""
+        image = self.image
+        image.metadata.forget(OL_REFCOUNT_TABLE | OL_REFCOUNT_BLOCK)
+        self.blocks.clear()
+        self.width = RefcountWidth(order)
+        self.per_block = image.cluster_size * 8 >> order
+        self.table_offset = image.header.refcount_table_offset
+        self.free_hint = self._free_byte = 0
+        image.metadata.add(OL_REFCOUNT_TABLE, self.table_offset, len(table) * 8)
+        self._take(table)
+
+    def _take(self, table: array[int]) -> None:
+        self.table = table
+        for entry in filter(None, table):
             if offset := entry & ondisk.REFCOUNT_TABLE_OFFSET_MASK:
-                image.metadata.add(OL_REFCOUNT_BLOCK, offset, image.cluster_size)
+                self.image.metadata.add(OL_REFCOUNT_BLOCK, offset, self.image.cluster_size)
 
     def drop(self) -> None:
         """Let go of all that is cached: the image is closed."""

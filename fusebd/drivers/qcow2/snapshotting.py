@@ -174,6 +174,14 @@ class Qcow2Snapshots(SnapshotStore):
             await image.file.flush()
             self._restored = True
 
+    async def rewrite(self) -> None:
+        """Write the table anew, with all that entries can have; ``Image.lock`` is held.  Raises BlockIOError."""
+
+        async def undo() -> None:
+            """Nothing else has changed."""
+
+        await self._replace_table(list(self._entries), undo)
+
     def _show(self, l1: array[int], offset: int, size: int) -> None:
         """The active L1 table is *l1* at the host *offset* now, the disk has *size* bytes."""
         image, tables = self._image, self._tables
