@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from support import READ_WRITE, memory_of, read, root_of, write
 from fusebd.block.blockstatus import block_status
 from fusebd.block.graph import Graph
 from fusebd.block.perms import Perm
+from fusebd.block.reopen import reopen
 from fusebd.block.status import Status
 from fusebd.errors import BlockIOError, FusebdError, OptionError
 from fusebd.ondisk import qcow2 as ondisk
@@ -552,14 +554,45 @@ async def test_a_dirty_image_is_read_without_being_repaired(graph: Graph, tmp_pa
     assert path.read_bytes() == before
 
 
-async def test_an_image_with_lazy_refcounts_is_never_left_dirty(graph: Graph, tmp_path: Path) -> None:
-    path = create(tmp_path / "image", M, lazy_refcounts="on")
-    await add(graph, path, **{"lazy-refcounts": True})
+@pytest.mark.parametrize(
+    ("image", "option", "dirty"),
+    [("on", {}, True), ("off", {"lazy-refcounts": True}, True), ("on", {"lazy-refcounts": False}, False)],
+)
+async def test_lazy_refcounts_are_written_when_the_image_is_closed(
+    graph: Graph, tmp_path: Path, image: str, option: dict[str, bool], dirty: bool
+) -> None:
+    path, killed_copy = create(tmp_path / "image", M, lazy_refcounts=image), tmp_path / "copy"
+    await add(graph, path, **option)
+    assert not info(path)["dirty-flag"]
     root = root_of(graph, "disk")
     await write(root, 1000, b"data")
     await root.flush()
+    assert info(path)["dirty-flag"] is dirty
+    blocks = path.read_bytes()[2 * 65536 : 3 * 65536]
+    await write(root, 300 * K, b"more")
+    await root.flush()
+    assert (path.read_bytes()[2 * 65536 : 3 * 65536] == blocks) is dirty
+    shutil.copy(path, killed_copy)
+    await graph.close()
+    for file in (path, killed_copy):
+        io(file, "read -P 0 0 1000", "write -P 1 600k 100k")  # who opens it repairs it
+        assert not info(file)["dirty-flag"]
+        check_image(file)
+        assert content(file)[1000:1004] == b"data"
+        assert content(file)[300 * K : 300 * K + 4] == b"more"
+
+
+async def test_an_image_that_becomes_read_only_is_clean(graph: Graph, tmp_path: Path) -> None:
+    path = create(tmp_path / "image", M, lazy_refcounts="on")
+    await add(graph, path)
+    root = root_of(graph, "disk")
+    await write(root, 1000, b"data")
+    await root.flush()
+    await graph.detach_root(root)
+    assert info(path)["dirty-flag"]
+    await reopen(graph, [disk(path, **{"read-only": True})])
     assert not info(path)["dirty-flag"]
-    run("qemu-img", "check", "-U", "-f", "qcow2", path)
+    run("qemu-img", "check", "-U", path)
     await graph.close()
     check_image(path)
 

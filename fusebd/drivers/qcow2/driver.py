@@ -59,6 +59,7 @@ from fusebd.drivers.qcow2.options import (
     Qcow2Options,
     cache_sizes,
     check_options,
+    is_lazy,
     overlap_mask,
 )
 from fusebd.drivers.qcow2.refcounts import Refcounts
@@ -185,6 +186,7 @@ class Qcow2(FormatDriver):
         image = Image(node, file, header, overlap_mask(options.overlap_check), data_file, encryption)
         image.metadata.add(OL_MAIN_HEADER, 0, image.cluster_size)
         refcounts = Refcounts(image, sizes.refcount_blocks)
+        refcounts.lazy = is_lazy(options, header)
         tables = Tables(image, refcounts, slice_bytes=sizes.slice_bytes, max_slices=sizes.slices)
         await refcounts.load()
         await tables.load()
@@ -234,6 +236,7 @@ class Qcow2(FormatDriver):
         if self._image.usable:
             async with self._image.lock:
                 await self._tables.write_back()  # refcounts of what that flush has freed
+                await self._snapshot_store.clean()
 
     def back_by(self, backing: Child | None) -> None:
         """Show *backing* where nothing is allocated."""
@@ -299,6 +302,9 @@ class Qcow2(FormatDriver):
             if not isinstance(options.encrypt, UnsetType):
                 await amend_volume(image.encryption, options.encrypt, self.node.graph.objects, force=force)
             await amender.amend()
+        given = self.node.options
+        assert isinstance(given, Qcow2Options)
+        self._refcounts.lazy = is_lazy(given, self.header)
         if options.backing_file is not UNSET:
             self._backing_name = self.header.backing_file
 

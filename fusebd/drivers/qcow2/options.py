@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Int, OptionStruct
+from fusebd.drivers.qcow2.header import Header
 from fusebd.errors import OptionError
 from fusebd.ondisk import qcow2 as ondisk
 
@@ -109,6 +110,14 @@ def check_options(options: Qcow2Options, *, version: int) -> None:
         raise OptionError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
     if version < 3 and options.discard_no_unref:
         raise OptionError("discard-no-unref is only supported since qcow2 version 3")
+
+
+def is_lazy(options: Qcow2Options, header: Header) -> bool:
+    """Whether refcount updates may be postponed: as the options say, or else the image."""
+    lazy = options.lazy_refcounts
+    return header.version >= 3 and bool(
+        header.compatible_features & ondisk.COMPAT_LAZY_REFCOUNTS if lazy is UNSET else lazy
+    )
 
 
 def overlap_mask(value: OverlapTemplate | OverlapFlags) -> int:

@@ -4,6 +4,7 @@ The order of writes rests on two rules.
 
 - A refcount that goes up is in a cached block at once, and all dirty blocks are written before an L2 slice is
   (``fusebd.drivers.qcow2.tables``).  A block may therefore be written at any time: what is in it too early is a leak.
+  With lazy refcounts the image is marked as dirty instead, so that the blocks need be written only when it is closed.
 - A refcount goes down only when the reference is durably gone.  A cluster that loses a reference is put on a list;
   ``seal`` closes the list when the tables have been written, and ``release`` takes the counts down after the flush
   that follows - and not before all requests have ended that began while the cluster was still referenced, since
@@ -65,6 +66,7 @@ class Refcounts:
         self.table: array[int] = array("Q")
         self.table_offset = image.header.refcount_table_offset
         self.blocks: dict[int, Block] = {}
+        self.lazy = False  #: the image may be marked as dirty, instead of writing refcounts before the tables
         self.free_hint = 0  #: no cluster below this index is free
         self._free_byte = 0  #: from here to the end of its cluster are bytes for compressed data; 0: there is no such
         #: set when refcounts went up that tables about to be written rely on, until the file was flushed
@@ -169,6 +171,19 @@ class Refcounts:
                 first_error = first_error or error
         if first_error is not None:
             raise first_error
+
+    @property
+    def postponed(self) -> bool:
+        """Whether refcounts need not be written now: the image says of itself that they are to be made anew."""
+        return self.lazy and bool(self.image.header.incompatible_features & ondisk.INCOMPAT_DIRTY)
+
+    async def secure(self) -> None:
+        """Make durable what tables that come next rely on: refcounts, or that they are to be made anew."""
+        if not self.lazy:
+            await self.write_back()
+        elif not self.postponed:
+            await self.image.set_incompatible(self.image.header.incompatible_features | ondisk.INCOMPAT_DIRTY)
+        await self.flush_file()
 
     async def flush_file(self) -> None:
         """Make everything that was written to the file durable, if tables that come next rely on it."""

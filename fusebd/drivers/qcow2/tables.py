@@ -199,7 +199,7 @@ class Tables:
                 self.slices[oldest.number] = self.slices.pop(oldest.number)
                 continue
             if oldest.dirty:
-                await self._prepare_write()
+                await self.refcounts.secure()
                 await self._write_slice(oldest)
             self.slices.pop(oldest.number, None)
 
@@ -212,11 +212,6 @@ class Tables:
 
     # -- writing back ---------------------------------------------------------------------------
 
-    async def _prepare_write(self) -> None:
-        """What any slice relies on is durable when this returns."""
-        await self.refcounts.write_back()
-        await self.refcounts.flush_file()
-
     async def _write_slice(self, item: Slice) -> None:
         image = self.image
         await image.check_overlap(item.host_offset, self.slice_bytes, OL_ACTIVE_L2)
@@ -228,8 +223,8 @@ class Tables:
         """Write all metadata that has changed, refcounts first; what was freed is sealed.  Not durable yet."""
         dirty = [item for item in self.slices.values() if item.dirty]
         if dirty:
-            await self._prepare_write()
-        else:
+            await self.refcounts.secure()
+        elif not self.refcounts.postponed:
             await self.refcounts.write_back()
         first_error: BlockIOError | None = None
         for item in dirty:
@@ -279,8 +274,7 @@ class Tables:
         image, refcounts = self.image, self.refcounts
         host_offset = await refcounts.allocate(1, "L2 table")
         try:
-            await refcounts.write_back()
-            await refcounts.flush_file()
+            await refcounts.secure()
             await image.check_overlap(host_offset, image.cluster_size)
             first = l1_index * self.slices_per_table
             for number in range(first, first + self.slices_per_table):
