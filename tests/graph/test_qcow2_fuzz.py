@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
+from collections.abc import AsyncIterator, Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,14 @@ from fusebd.ondisk import qcow2 as ondisk
 pytestmark = pytest.mark.usefixtures("limited_memory")
 
 
-def disk(path: Path, *, read_only: bool) -> dict[str, Any]:
+#: twenty thousand images of each kind, rather than hundreds
+LONG = bool(os.environ.get("FUSEBD_LONG"))
+
+
+def disk(path: Path, encryption: str, *, read_only: bool) -> dict[str, Any]:
+    encrypt = {"encrypt": {"format": encryption, "key-secret": "key"}} if encryption else {}
     return {
+        **encrypt,
         "driver": "qcow2",
         "node-name": "disk",
         "discard": "unmap",
@@ -37,12 +46,21 @@ def disk(path: Path, *, read_only: bool) -> dict[str, Any]:
     }
 
 
-async def exercise_what_is_kept(path: Path) -> bool:
-    """Open the image and do a little with its snapshots and bitmaps; whether it could be opened."""
+@contextlib.asynccontextmanager
+async def graph_with_secret() -> AsyncIterator[Graph]:
     graph = Graph()
+    await graph.objects.add({"qom-type": "secret", "id": "key", "data": "open sesame"})
     try:
+        yield graph
+    finally:
+        await graph.close()
+
+
+async def exercise_what_is_kept(path: Path, encryption: str) -> bool:
+    """Open the image and do a little with its snapshots and bitmaps; whether it could be opened."""
+    async with graph_with_secret() as graph:
         try:
-            node = await graph.blockdev_add(disk(path, read_only=False))
+            node = await graph.blockdev_add(disk(path, encryption, read_only=False))
         except FusebdError:
             return False
         store = snapshots.store_of(node)
@@ -75,19 +93,16 @@ async def exercise_what_is_kept(path: Path) -> bool:
             with contextlib.suppress(FusebdError):
                 await snapshots.delete(graph, "disk", None, name)
         return True
-    finally:
-        await graph.close()
 
 
-async def exercise(path: Path, *, read_only: bool, check: bool = False) -> bool:
+async def exercise(path: Path, encryption: str, *, read_only: bool, check: bool = False) -> bool:
     """Open the image and do a little of everything, *check* it if asked to; whether it could be opened.
 
     Only FusebdErrors are expected.
     """
-    graph = Graph()
-    try:
+    async with graph_with_secret() as graph:
         try:
-            node = await graph.blockdev_add(disk(path, read_only=read_only))
+            node = await graph.blockdev_add(disk(path, encryption, read_only=read_only))
         except FusebdError:
             return False
         root = root_of(graph, "disk", Perm.CONSISTENT_READ if read_only else READ_WRITE | Perm.RESIZE)
@@ -116,45 +131,89 @@ async def exercise(path: Path, *, read_only: bool, check: bool = False) -> bool:
                 with contextlib.suppress(FusebdError):
                     await command.method(node.driver, command.arguments(fix=fix))
         return True
-    finally:
-        await graph.close()
 
 
-def sources(directory: Path) -> dict[str, Path]:
-    """Small images that have everything."""
-    base = create(directory / "base", "200k", cluster_size=512)
-    io(base, "write -P 7 0 200k")
-    images = {}
-    kinds: dict[str, dict[str, Any]] = {
-        "v3": {"cluster_size": 512},
-        "v2": {"cluster_size": 512, "compat": "0.10"},
-        "subclusters": {"cluster_size": "16k", "extended_l2": "on"},
-        "wide": {"cluster_size": 1024, "refcount_bits": 64, "lazy_refcounts": "on"},
-    }
-    for name, options in kinds.items():
-        path = images[name] = create(directory / name, "256k", backing=base, **options)
-        io(path, "write -P 1 5k 30k", f"write -c -P 2 64k {info(path)['cluster-size']}", "write -z 20k 4k")
-        run("qemu-img", "snapshot", "-c", "one", path)
-        io(path, "write -P 3 10k 3k")
-        if name == "v3":
-            run("qemu-img", "bitmap", "--add", path, "bitmap")
-    return images
+#: small images that have everything: how each is made
+KINDS: dict[str, dict[str, Any]] = {
+    "v3": {"cluster_size": 512},
+    "v2": {"cluster_size": 512, "compat": "0.10"},
+    "wide": {"cluster_size": 1024, "refcount_bits": 64, "lazy_refcounts": "on"},
+    "subclusters": {"cluster_size": "16k", "extended_l2": "on"},
+    "luks": {"cluster_size": 4096, "encrypt.format": "luks", "encrypt.iter-time": 10},
+    "aes": {"cluster_size": 512, "encrypt.format": "aes"},
+}
+SECRET = ("--object", "secret,id=key,data=open sesame")
+Small = Callable[[str], tuple[Path, str]]
+
+
+def encryption_of(name: str) -> str:
+    return str(KINDS[name].get("encrypt.format", ""))
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return sources(tmp_path_factory.mktemp("small"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """The image of a name in KINDS, and the format of its encryption, if it has any."""
+    directory = tmp_path_factory.mktemp("small")
+    base = create(directory / "base", "200k", cluster_size=512)
+    io(base, "write -P 7 0 200k")
+
+    @cache
+    def image(name: str) -> tuple[Path, str]:
+        encryption = encryption_of(name)
+        options = {**KINDS[name], **({"encrypt.key-secret": "key"} if encryption else {})}
+        text = ",".join(f"{key}={value}" for key, value in options.items())
+        path = directory / name
+        command = (
+            "qemu-img",
+            "create",
+            "-q",
+            *SECRET,
+            "-f",
+            "qcow2",
+            "-b",
+            base,
+            "-F",
+            "qcow2",
+            "-o",
+            text,
+            path,
+            "256k",
+        )
+        while "Unable to get accurate CPU usage" in run(*command, expect=(0, 1)):
+            pass
+        opened = named(path, encryption)
+        compressed = [] if encryption else [f"write -c -P 2 64k {info(path)['cluster-size']}"]
+        io(opened, "write -P 1 5k 30k", *compressed, "write -z 20k 4k", options=SECRET)
+        run("qemu-img", "snapshot", *SECRET, "-c", "one", opened)
+        io(opened, "write -P 3 10k 3k", options=SECRET)
+        if name == "v3":
+            run("qemu-img", "bitmap", "--add", path, "bitmap")
+        return path, encryption
+
+    return image
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
-async def test_a_truncated_image_opens_or_is_refused(small: dict[str, Path], tmp_path: Path, name: str) -> None:
-    data = small[name].read_bytes()
-    lengths = {*range(0, 130, 3), *range(0, len(data), 509), *range(0, 16384, 256)}
+def named(path: Path, encryption: str) -> str:
+    """What QEMU's programs open."""
+    options = disk(path, encryption, read_only=False)
+    return (
+        f"json:{json.dumps({key: options[key] for key in ('driver', 'file', 'encrypt')})}" if encryption else str(path)
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+async def test_a_truncated_image_opens_or_is_refused(small: Small, tmp_path: Path, name: str) -> None:
+    source, encryption = small(name)
+    data = source.read_bytes()
+    # LUKS has megabytes that mean nothing, and a guess at a password for each image
+    lengths = set(range(0, len(data), len(data) // 50 + 1))
+    if encryption != "luks":
+        lengths |= {*range(0, 130, 3), *range(0, len(data), 509), *range(0, 16384, 256)}
     opened = 0
     for length in sorted(lengths):
         path = tmp_path / "image"
         path.write_bytes(data[:length])
-        opened += await exercise(path, read_only=bool(length % 2))
+        opened += await exercise(path, encryption, read_only=bool(length % 2))
     assert 0 < opened < len(lengths)
 
 
@@ -187,34 +246,52 @@ def mutated(data: bytes, rng: random.Random, tables: list[int]) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
+def with_iterations(changed: bytes, data: bytes, volume: int) -> bytes:
+    """*changed*, with the iterations in the LUKS header at byte *volume* as in *data*: billions are no fault."""
+    if not volume:
+        return changed
+    kept = bytearray(changed)
+    for at in (volume + 164, *(volume + 208 + 48 * slot + 4 for slot in range(8))):
+        kept[at : at + 4] = data[at : at + 4]
+    return bytes(kept)
+
+
+@pytest.mark.parametrize("name", KINDS)
 async def test_a_mutated_image_opens_or_is_refused(
-    small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level(logging.CRITICAL)  # thousands of corruptions
-    data = small[name].read_bytes()
+    source, encryption = small(name)
+    data = source.read_bytes()
     header = ondisk.parse_header(data[:112])
     tables = [header["refcount_table_offset"], header["l1_table_offset"], header["snapshots_offset"]]
     tables += [int.from_bytes(data[at : at + 8], "big") & ondisk.OFFSET_MASK for at in tables[:2]]
+    volume = 0
+    if encryption == "luks":
+        place = data.index(u32(ondisk.EXT_CRYPTO_HEADER)) + ondisk.EXTENSION_HEADER_LENGTH
+        volume = int.from_bytes(data[place : place + 8], "big")
+        tables += [volume, volume]
     opened = 0
     path = tmp_path / "image"
-    for seed in range(1000):
-        path.write_bytes(mutated(data, random.Random(seed), tables))
+    rounds = 20000 if LONG else 100 if encryption == "luks" else 1000
+    for seed in range(rounds):
+        path.write_bytes(with_iterations(mutated(data, random.Random(seed), tables), data, volume))
         try:
-            opened += await exercise(path, read_only=seed % 4 == 0, check=seed % 8 == 7)
+            opened += await exercise(path, encryption, read_only=seed % 4 == 0, check=seed % 8 == 7)
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
-    assert 100 < opened < 1000
+    assert rounds / 10 < opened < rounds
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "wide", "subclusters"])
+@pytest.mark.parametrize("name", KINDS)
 async def test_snapshots_and_bitmaps_of_a_mutated_image_are_used_or_refused(
-    small: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     path = tmp_path / "image"
-    path.write_bytes(small[name].read_bytes())
-    run("qemu-img", "snapshot", "-c", "two", path)
+    source, encryption = small(name)
+    path.write_bytes(source.read_bytes())
+    run("qemu-img", "snapshot", *SECRET, "-c", "two", named(path, encryption))
     if name == "v3":
         run("qemu-img", "bitmap", "--add", "-g", "512", path, "fine")
         io(path, "write 0 9k")
@@ -226,11 +303,11 @@ async def test_snapshots_and_bitmaps_of_a_mutated_image_are_used_or_refused(
         directory = int.from_bytes(data[(at := data.index(u32(ondisk.EXT_BITMAPS)) + 24) : at + 8], "big")
         tables += [directory, directory, int.from_bytes(data[directory : directory + 8], "big")]
     opened = 0
-    rounds = 20000 if os.environ.get("FUSEBD_LONG") else 150
+    rounds = 20000 if LONG else 40 if encryption == "luks" else 150
     for seed in range(rounds):
         path.write_bytes(mutated(data, random.Random(seed), tables))
         try:
-            opened += await exercise_what_is_kept(path)
+            opened += await exercise_what_is_kept(path, encryption)
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
     assert rounds / 10 < opened < rounds
