@@ -49,6 +49,8 @@ _MIN_L2_SLICES = 2
 _MIN_REFCOUNT_BLOCKS = 4
 _DEFAULT_L2_CACHE = 32 << 20
 _SLICE_WHEN_SHORT = 4096
+#: bytes of memory that go with the entries of a cached slice: its objects, and its place in the table of them
+_SLICE_OVERHEAD = 600
 
 OverlapTemplate = Literal["none", "constant", "cached", "all"]
 
@@ -175,7 +177,8 @@ def cache_sizes(options: Qcow2Options, *, size: int, cluster_bits: int, l2_entry
         raise OptionError(
             f"L2 cache entry size must be a power of two between {smallest} and the cluster size ({cluster})"
         )
-    slices = max(l2 // slice_bytes, _MIN_L2_SLICES)
+    slices = l2 // slice_bytes if l2 >= whole_l2 else l2 // (slice_bytes + _SLICE_OVERHEAD)
+    slices = max(slices, _MIN_L2_SLICES)
     blocks = max(refcount // cluster, _MIN_REFCOUNT_BLOCKS)
     if slices > 2**31 - 1:
         raise OptionError("L2 cache size too big")
