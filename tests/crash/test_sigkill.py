@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import create, io, is_dirty
+from images import SECRET, create_encrypted, io, is_dirty
 from mounting import Mount, Qmp, check_image, fusebd, qcow2, raw, run
 from powercuts import rounds, tell
 
@@ -98,9 +98,9 @@ def _kill_while_writing(mounted: Mount, content: bytes, seed: int, *, holes: boo
     return writers
 
 
-def _content(image: Path, image_format: str) -> bytes:
+def _content(image: Path) -> bytes:
     copy = image.with_suffix(".copy")
-    run("qemu-img", "convert", "-f", image_format, "-O", "raw", image, copy)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, copy)
     return copy.read_bytes()
 
 
@@ -118,12 +118,12 @@ def test_a_killed_daemon_leaves_a_sound_qcow2_image(
     flushes = 0
     # The same image again and again: half of its clusters are allocated already in the later rounds.
     for seed in range(3):
-        content = _content(image, "qcow2")
+        content = _content(image)
         mounted = mount(qcow2("disk", image))
         writers = _kill_while_writing(mounted, content, seed)
         fusebd("umount", mounted.point)
         check_image(image, leaks=True)
-        content = _content(image, "qcow2")
+        content = _content(image)
         for writer in writers:
             writer.judge(content)
             flushes += writer.flushes
@@ -147,6 +147,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "compressed": {"cluster_size": 32768, "compressed": True},
     "data-file": {"cluster_size": 8192, "data_file": True},
     "snapshots": {"cluster_size": 4096, "snapshots": True},
+    "lazy": {"cluster_size": 4096, "lazy_refcounts": "on"},
+    "luks": {"encrypt.format": "luks", "encrypt.iter-time": 10, "encrypt.key-secret": "key"},
+    "aes": {"cluster_size": 4096, "encrypt.format": "aes", "encrypt.key-secret": "key", "backed": True},
 }
 
 
@@ -180,7 +183,8 @@ def _image(directory: Path, name: str) -> Path:
     if "data_file" in options:
         options["data_file"] = directory / "disk.data"
     backing.write_bytes(random.Random(0).randbytes(LENGTH - (5 << 20)))
-    create(path, LENGTH, backing=backing if backed else None, backing_format="raw", **options)
+    words: tuple[str | Path, ...] = ("-b", backing, "-F", "raw") if backed else ()
+    create_encrypted(path, LENGTH, *words, **options)
     if compressed:
         io(path, *(f"write -c -P {number % 255 + 1} {number * 64}k 64k" for number in range(LENGTH >> 16)))
     return path
@@ -192,10 +196,21 @@ def test_whatever_a_killed_daemon_was_doing_the_image_is_sound(
     mount: Callable[..., Mount], tmp_path: Path, name: str
 ) -> None:
     image = _image(tmp_path, name)
-    content = _content(image, "qcow2")
+    key = {"format": KINDS[name].get("encrypt.format"), "key-secret": "key"}
+    options = qcow2("disk", image, discard="unmap", **({"encrypt": key} if key["format"] else {}))
+    opened = f"json:{json.dumps({'driver': 'qcow2', **options})}" if key["format"] else str(image)
+
+    def shown() -> bytes:
+        run("qemu-img", "convert", *SECRET, "-f", "qcow2", "-O", "raw", opened, tmp_path / "copy")
+        return (tmp_path / "copy").read_bytes()
+
+    def check(*, leaks: bool) -> None:
+        run("qemu-img", "check", *SECRET, "-f", "qcow2", opened, expect=(0, 3) if leaks else (0,))
+
+    content = shown()
     flushes = repairs = 0
     for number in rounds(1, 20):
-        mounted = mount(qcow2("disk", image, discard="unmap"))
+        mounted = mount(options, options=SECRET)
         photographer = Photographer(mounted, number) if "snapshots" in KINDS[name] else None
         if photographer is not None:
             photographer.start()
@@ -206,16 +221,16 @@ def test_whatever_a_killed_daemon_was_doing_the_image_is_sound(
         dirty = is_dirty(image)
         repairs += dirty
         if not dirty:
-            check_image(image, leaks=True)
+            check(leaks=True)
         # The daemon that comes next finds all that was flushed, and leaves a sound image.
-        mounted = mount(qcow2("disk", image))
+        mounted = mount(options, options=SECRET)
         content = (mounted / "disk").read_bytes()
         mounted.umount()
-        check_image(image, leaks=not dirty)
+        check(leaks=not dirty)
         for writer in writers:
             writer.judge(content)
             flushes += writer.flushes
-        assert _content(image, "qcow2") == content
+        assert shown() == content
     tell(flushes, "fsyncs acknowledged,", repairs, "dirty images repaired")
     assert flushes
 

@@ -14,7 +14,7 @@ from typing import Any
 import disks
 import pytest
 from disks import change, closed
-from images import patch, u32
+from images import SECRET, create_encrypted, patch, u32
 from mounting import run
 from support import read, write
 
@@ -25,7 +25,6 @@ from fusebd.ondisk import luks as ondisk
 
 K = 1024
 SIZE = 600 * K
-SECRET = ("--object", "secret,id=key,data=open sesame")
 FAST = {"iter-time": 10}
 Maker = Callable[[Path, str], Path]
 
@@ -51,19 +50,6 @@ QCOW2: dict[str, dict[str, Any]] = {
 }
 
 
-def created(path: Path, image_format: str, options: dict[str, Any], *words: str | Path) -> Path:
-    """A new image at *path*; QEMU takes its time to measure how many iterations the password gets, and may fail."""
-    text = ",".join(f"{name}={value}" for name, value in options.items())
-    for _ in range(20):
-        said = run(
-            "qemu-img", "create", "-q", *SECRET, "-f", image_format, "-o", text, *words, path, str(SIZE), expect=(0, 1)
-        )
-        if not said:
-            return path
-        assert "Unable to get accurate CPU usage" in said, said
-    pytest.fail("qemu-img does not get to measure what it wants to")
-
-
 @pytest.fixture(scope="module")
 def luks(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """Makes a copy of the LUKS volume of a name in LUKS."""
@@ -71,7 +57,9 @@ def luks(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
     @cache
     def template(name: str) -> Path:
-        return created(directory / name, "luks", {"key-secret": "key", **FAST, **LUKS[name]})
+        return create_encrypted(
+            directory / name, SIZE, image_format="luks", **{"key-secret": "key"}, **FAST, **LUKS[name]
+        )
 
     return lambda path, name: Path(shutil.copy(template(name), path))
 
@@ -106,7 +94,7 @@ def new_qcow2(path: Path, name: str) -> Path:
         backing = path.with_name("backing")
         backing.write_bytes(random.Random(0).randbytes(SIZE // 2))
         words = ["-b", backing, "-F", "raw"]
-    created(path, "qcow2", options, *words)
+    create_encrypted(path, SIZE, *words, **options)
     io(path, "qcow2", "write -P 1 10k 100k", "write -z 200k 64k")
     if snapshot:
         run("qemu-img", "snapshot", *SECRET, "-c", "one", "--image-opts", opts(path, "qcow2"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import create, info, io, u32, u64
+from images import SECRET, create, create_encrypted, info, io, u32, u64
 from mounting import run
 from msgspec import UNSET
 from support import READ_WRITE, read, root_of, write
@@ -142,7 +142,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "luks": {"cluster_size": 4096, "encrypt.format": "luks", "encrypt.iter-time": 10},
     "aes": {"cluster_size": 512, "encrypt.format": "aes"},
 }
-SECRET = ("--object", "secret,id=key,data=open sesame")
 Small = Callable[[str], tuple[Path, str]]
 
 
@@ -160,27 +159,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     @cache
     def image(name: str) -> tuple[Path, str]:
         encryption = encryption_of(name)
-        options = {**KINDS[name], **({"encrypt.key-secret": "key"} if encryption else {})}
-        text = ",".join(f"{key}={value}" for key, value in options.items())
-        path = directory / name
-        command = (
-            "qemu-img",
-            "create",
-            "-q",
-            *SECRET,
-            "-f",
-            "qcow2",
-            "-b",
-            base,
-            "-F",
-            "qcow2",
-            "-o",
-            text,
-            path,
-            "256k",
-        )
-        while "Unable to get accurate CPU usage" in run(*command, expect=(0, 1)):
-            pass
+        secret = {"encrypt.key-secret": "key"} if encryption else {}
+        path = create_encrypted(directory / name, "256k", "-b", base, "-F", "qcow2", **KINDS[name], **secret)
         opened = named(path, encryption)
         compressed = [] if encryption else [f"write -c -P 2 64k {info(path)['cluster-size']}"]
         io(opened, "write -P 1 5k 30k", *compressed, "write -z 20k 4k", options=SECRET)

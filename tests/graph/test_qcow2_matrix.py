@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import io
+from images import SECRET, create_encrypted, io
 from mounting import run
 from support import READ_WRITE, read, root_of, write
 
@@ -29,7 +29,6 @@ from fusebd.block.root import Root
 LONG = bool(os.environ.get("FUSEBD_LONG"))
 SEED = 1
 ROUNDS = 10
-SECRET = ("--object", "secret,id=key,data=open sesame")
 
 # --- kinds of images -----------------------------------------------------------------------------
 
@@ -81,15 +80,10 @@ class Kind:
             options |= {"encrypt.format": self.encrypt, "encrypt.key-secret": "key"}
         if self.encrypt == "luks":
             options["encrypt.iter-time"] = 10
-        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        words: list[str | Path] = []
         if self.backing != "none":
-            words += ["-b", str(backing(self.backing, self.backing_size)), "-F", self.backing]
-        command = ["qemu-img", "create", "-q", *SECRET, "-f", "qcow2", *words, str(path), str(self.size)]
-        # QEMU measures how many iterations a password gets, and may fail in that on a busy machine.
-        while "Unable to get accurate CPU usage" in (said := run(*command, expect=(0, 1))):
-            pass
-        assert not said, said
-        return path
+            words = ["-b", backing(self.backing, self.backing_size), "-F", self.backing]
+        return create_encrypted(path, self.size, *words, **options)
 
 
 AXES: dict[str, tuple[Any, ...]] = {

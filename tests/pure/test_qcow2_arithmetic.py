@@ -259,8 +259,8 @@ def test_the_metadata_map_finds_areas_that_are_not_remembered_cluster_by_cluster
 # --- options -------------------------------------------------------------------------------------
 
 MIB = 1 << 20
-#: of an 8 GiB disk with clusters of 64 KiB: its L2 tables are 1 MiB together, and 4 refcount blocks are the fewest; parts
-#: of tables take 600 bytes more than they have
+#: of an 8 GiB disk with clusters of 64 KiB: its L2 tables are 1 MiB together, and 4 refcount blocks are the fewest;
+#: parts of tables take 600 bytes more than they have
 SIZES: list[tuple[dict[str, int], tuple[int, int, int]]] = [
     ({}, (65536, 16, 4)),
     ({"cache-size": MIB}, (4096, 167, 4)),
