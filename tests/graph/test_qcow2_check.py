@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -13,8 +14,10 @@ import pytest
 from images import check_image, content, create, io, patch, u64
 from mounting import run
 from qmptalk import monitor
-from support import READ_WRITE, root_of, write
+from support import READ_WRITE, read, root_of, write
 
+from fusebd.block.graph import Graph
+from fusebd.errors import BlockIOError, ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 K = 1024
@@ -184,3 +187,80 @@ async def test_what_cannot_be_mended_is_refused(tmp_path: Path) -> None:
         assert await talk.fail("blockdev-check", node_name="disk", fix="some") == (
             "Parameter 'fix' does not accept value 'some'"
         )
+
+
+def marked_corrupt(path: Path, name: str) -> Path:
+    """The image with two clusters of the disk in the same place, of which QEMU has become aware."""
+    _, l2 = tables(path)
+    data = path.read_bytes()
+    bits = data[23]
+    words = 16 if IMAGES[name].get("extended_l2") else 8
+    one, other = (l2 + words * ((100 * K >> bits) + number) for number in (0, 1))
+    patch(path, (other, data[one : one + words]))
+    return patch(path, (72, u64(int.from_bytes(data[72:80], "big") | ondisk.INCOMPAT_CORRUPT)))
+
+
+@pytest.mark.parametrize("name", ["default", "wide", "subclusters", "snapshot"])
+async def test_an_image_that_is_marked_as_corrupt_is_mended(tmp_path: Path, name: str) -> None:
+    path = marked_corrupt(image(tmp_path, name), name)
+    theirs = Path(shutil.copy(path, tmp_path / "theirs"))
+    run("qemu-img", "check", "-r", "all", "-f", "qcow2", theirs, expect=(0, 2, 3))
+    message = "qcow2: Image is corrupt; cannot be opened read/write"
+    node = {"driver": "qcow2", "node-name": "disk", "file": {"driver": "file", "filename": str(path)}}
+    graph = Graph()
+    with pytest.raises(ImageError) as refused:
+        await graph.blockdev_add(node)
+    assert str(refused.value) == message
+    await graph.close()
+    async with monitor(path, **{"x-check": True}) as (graph, talk):
+        root = root_of(graph, "disk", READ_WRITE)
+        for request in (read(root, 0, 512), write(root, 0, b"x" * 512)):
+            with pytest.raises(BlockIOError) as unusable:
+                await request
+            assert unusable.value.errno == errno.ENOMEDIUM
+        for fix in ({}, {"fix": "leaks"}):
+            assert (await talk.fail("blockdev-check", node_name="disk", **fix)).endswith("No medium found")
+        found = await talk.execute("blockdev-check", node_name="disk", fix="all")
+        assert found["corruptions-fixed"] > 0
+        assert "corruptions" not in found
+        await write(root, 0, b"x" * 512)
+        assert await read(root, 0, 512) == b"x" * 512
+        await graph.detach_root(root)
+    io(theirs, "write -P 0x78 0 512")
+    for file in (path, theirs):
+        assert not file.read_bytes()[79] & (ondisk.INCOMPAT_CORRUPT | ondisk.INCOMPAT_DIRTY)
+        check_image(file)
+    assert content(path) == content(theirs)
+
+
+async def test_an_image_found_corrupt_in_use_is_mended_in_use(tmp_path: Path) -> None:
+    path = image(tmp_path, "default")
+    expected = content(path)
+    _, l2 = tables(path)
+    entry = path.read_bytes()[l2 + 8 : l2 + 16]
+    async with monitor(path) as (graph, talk):
+        root = root_of(graph, "disk", READ_WRITE)
+        patch(path, (l2 + 8, u64(ondisk.COPIED | 512)))  # not the beginning of a cluster
+        with pytest.raises(BlockIOError):
+            await read(root, 64 * K, 512)
+        with pytest.raises(BlockIOError):
+            await read(root, 0, 512)
+        patch(path, (l2 + 8, entry))
+        assert "corruptions" not in await talk.execute("blockdev-check", node_name="disk", fix="all")
+        assert await read(root, 0, len(expected)) == expected
+        await graph.detach_root(root)
+    check_image(path)
+
+
+async def test_what_cannot_be_mended_stays_corrupt(tmp_path: Path) -> None:
+    path = image(tmp_path, "default")
+    _, l2 = tables(path)
+    patch(path, (l2 + 8, u64(ondisk.COPIED | 512)), (72, u64(ondisk.INCOMPAT_CORRUPT)))
+    async with monitor(path, **{"x-check": True}) as (graph, talk):
+        found = await talk.execute("blockdev-check", node_name="disk", fix="all")
+        assert found["corruptions"] > 0
+        root = root_of(graph, "disk", READ_WRITE)
+        with pytest.raises(BlockIOError):
+            await read(root, 0, 512)
+        await graph.detach_root(root)
+    assert path.read_bytes()[79] & ondisk.INCOMPAT_CORRUPT

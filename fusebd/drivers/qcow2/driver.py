@@ -64,7 +64,7 @@ from fusebd.drivers.qcow2.options import (
 )
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.reopening import CHANGEABLE, Qcow2Reopening
-from fusebd.drivers.qcow2.repair import Checker, rebuild_refcounts
+from fusebd.drivers.qcow2.repair import Checker, CheckResult, rebuild_refcounts
 from fusebd.drivers.qcow2.resize import Resizer
 from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
 from fusebd.drivers.qcow2.snapshotting import Qcow2Snapshots
@@ -151,10 +151,12 @@ class Qcow2(FormatDriver):
     @classmethod
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
         file = await opening.child("file", options.file, Role.IMAGE)
-        header = await read_header(file, read_only=opening.node.read_only)
+        header = await read_header(file, read_only=opening.node.read_only or options.x_check)
         data_file = await _open_data_file(opening, options, header, file)
         encryption = await unlock_image(file, header, options.encrypt, opening.graph.objects)
-        driver = await cls.load(opening.node, file, data_file, options, encryption)
+        driver = await cls.load(opening.node, file, data_file, options, encryption, mending=options.x_check)
+        if header.incompatible_features & ondisk.INCOMPAT_CORRUPT and not opening.node.read_only:
+            driver._image.give_up()
         named, image_format = driver.header.backing_file, driver.header.backing_format
         driver.back_by(await opening.backing(options.backing, named, image_format or None, file.node))
         return driver
@@ -167,14 +169,18 @@ class Qcow2(FormatDriver):
         data_file: Child | None,
         options: Qcow2Options,
         encryption: Encryption | None,
+        *,
+        mending: bool = False,
     ) -> Qcow2:
         """The image that is in *file*, ready to be written if *node* is not read-only; backed by nothing.
 
         *data_file* has the guest data, if *file* does not; *encryption* is how they are encrypted, if they are.
+        *mending*: an image that is marked as corrupt is not refused, and is not ready for anything but being checked.
 
         Suspends where *file* does.  Raises OptionError, ImageError, BlockIOError.
         """
-        header = await read_header(file, read_only=node.read_only)
+        header = await read_header(file, read_only=node.read_only or mending)
+        corrupt = bool(header.incompatible_features & ondisk.INCOMPAT_CORRUPT)
         check_options(options, version=header.version)
         sizes = cache_sizes(
             options, size=header.size, cluster_bits=header.cluster_bits, l2_entry_bytes=header.l2_entry_bytes
@@ -194,7 +200,7 @@ class Qcow2(FormatDriver):
         image.metadata.add(OL_SNAPSHOT_TABLE, header.snapshots_offset, header.snapshots_length)
         await protect_snapshots(image, snapshots)
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
-        if not node.read_only:
+        if not node.read_only and not corrupt:
             await _prepare_for_writing(image, tables, refcounts, snapshots)
         driver = cls(node, image, tables, refcounts, snapshots)
         await driver._bitmaps.load()
@@ -325,15 +331,44 @@ class Qcow2(FormatDriver):
         if fix and self.node.read_only:
             raise ReadOnlyError("Image is read-only")
         async with graph.lock, graph.drained(self.node):
-            image.check_usable()
-            if not self.node.read_only:
-                await self.write_out()
-            async with image.lock:
-                self._tables.slices.clear()
-                self._forget_decompressed()
-                checker = Checker(image, self._tables, self._refcounts, self._snapshots)
-                result = await checker.check(fix_leaks=bool(fix), fix_errors=fix == "all")
+            if image.usable:
+                result = await self._checked(fix)
+            elif fix == "all":
+                result = await self._mended()
+            else:
+                raise image.error("check", code=errno.ENOMEDIUM)
         return {"filename": node_filename(self.node), "format": self.name, **result.info()}
+
+    async def _checked(self, fix: str) -> CheckResult:
+        image = self._image
+        if image.usable and not self.node.read_only:
+            await self.write_out()
+        async with image.lock:
+            self._tables.slices.clear()
+            self._forget_decompressed()
+            checker = Checker(image, self._tables, self._refcounts, self._snapshots)
+            return await checker.check(fix_leaks=bool(fix), fix_errors=fix == "all")
+
+    async def _mended(self) -> CheckResult:
+        """Mend an image that is marked as corrupt, as it is in the file, and use it again if that was enough."""
+        options, image = self.node.options, self._image
+        assert isinstance(options, Qcow2Options)
+        anew = await type(self).load(self.node, image.file, image.data_file, options, image.encryption, mending=True)
+        try:
+            result = await anew._checked("all")
+            if result.corruptions:
+                anew.drop()
+                return result
+            marks = ondisk.INCOMPAT_CORRUPT | ondisk.INCOMPAT_DIRTY
+            await anew._image.set_incompatible(anew.header.incompatible_features & ~marks)
+            await _prepare_for_writing(anew._image, anew._tables, anew._refcounts, anew._snapshots)
+        except BaseException:
+            anew.drop()
+            raise
+        anew.back_by(self._backing)
+        self.node.replace_driver(anew)
+        self.drop()
+        return result
 
     # -- reading --------------------------------------------------------------------------------
 

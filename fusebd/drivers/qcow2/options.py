@@ -100,6 +100,10 @@ class Qcow2Options(BlockdevOptions, frozen=True, kw_only=True):
     refcount_cache_size: Annotated[Int | UnsetType, Meta(description="most memory for refcount blocks, bytes")] = UNSET
     cache_clean_interval: Annotated[Int, Meta(description="drop unused cache entries after so many seconds")] = 600
     encrypt: Annotated[Encryption | UnsetType, Meta(description="how the image is encrypted")] = UNSET
+    x_check: Annotated[
+        bool,
+        Meta(description="open an image that is marked as corrupt, to be mended by blockdev-check first"),
+    ] = False
     data_file: Annotated[
         BlockdevRef | UnsetType,
         Meta(description="node with the guest data; default: the image's"),
