@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusebd.block.options import convert
 from fusebd.drivers.qcow2 import mapping
+from fusebd.drivers.qcow2.counting import in_a_row
 from fusebd.drivers.qcow2.image import MetadataMap
 from fusebd.drivers.qcow2.options import Qcow2Options, cache_sizes, overlap_mask
 from fusebd.drivers.qcow2.refblock import RefcountWidth
@@ -117,10 +119,47 @@ def test_zeroes_in_a_row_are_counted_up_to_the_end(order: int, data: st.DataObje
     assert RefcountWidth(order).count_zeroes(block_of(order, counts), start, end) == expected
 
 
+@every_order
+@given(st.data())
+@repeatable
+def test_ones_in_a_range_are_told_from_others(order: int, data: st.DataObject) -> None:
+    counts = data.draw(counts_for(order))
+    start = data.draw(st.integers(0, len(counts)))
+    end = data.draw(st.integers(start, len(counts)))
+    width, block = RefcountWidth(order), block_of(order, counts)
+    assert width.are_ones(block, start, end) == all(count == 1 for count in counts[start:end])
+    width.set_ones(block, start, end)
+    assert width.are_ones(block, start, end)
+
+
 # --- L2 entries ----------------------------------------------------------------------------------
 
 CLUSTER_BITS = 12
 CLUSTER = 1 << CLUSTER_BITS
+
+COPIED = ondisk.COPIED
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([COPIED | 4 * CLUSTER, COPIED | 5 * CLUSTER], True),
+        ([4 * CLUSTER, 5 * CLUSTER, 6 * CLUSTER], True),
+        ([4 * CLUSTER], True),
+        ([4 * CLUSTER, COPIED | 5 * CLUSTER], False),
+        ([4 * CLUSTER, 6 * CLUSTER], False),
+        ([5 * CLUSTER, 4 * CLUSTER], False),
+        ([0, CLUSTER], False),
+        ([4 * CLUSTER + 512, 5 * CLUSTER + 512], False),
+        ([4 * CLUSTER | ondisk.ZERO, 5 * CLUSTER | ondisk.ZERO], False),
+        ([4 * CLUSTER | ondisk.COMPRESSED, 5 * CLUSTER | ondisk.COMPRESSED], False),
+        ([2**64 - CLUSTER, 0], False),
+        ([COPIED | ondisk.OFFSET_MASK & ~(CLUSTER - 1), 0], False),
+    ],
+)
+def test_clusters_in_a_row(entries: list[int], expected: bool) -> None:
+    assert in_a_row(array("Q", entries), CLUSTER) is expected
+
 
 #: entries as they are in images; few host clusters, so that neighbours follow each other often
 entries = st.builds(

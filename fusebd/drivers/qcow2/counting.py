@@ -24,7 +24,9 @@ from fusebd.errors import ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 #: clusters that are counted in one array: few, because an image may refer to anywhere
-_AREA = 64
+AREA = 64
+#: entries that are looked at together, for most of them are in a row
+_PART = 64
 
 
 @dataclass(slots=True)
@@ -51,15 +53,20 @@ class ReferenceCounts:
 
     def of(self, cluster: int) -> int:
         """The references to one cluster."""
-        counts = self._areas.get(cluster // _AREA)
-        return counts[cluster % _AREA] if counts is not None else 0
+        counts = self._areas.get(cluster // AREA)
+        return counts[cluster % AREA] if counts is not None else 0
+
+    def areas(self) -> Iterator[tuple[int, array[int]]]:
+        """The counts of AREA clusters each, with the first of these, in order; elsewhere there are none."""
+        for area in sorted(self._areas):
+            yield area * AREA, self._areas[area]
 
     def all(self) -> Iterator[tuple[int, int]]:
         """All clusters that have references, with their number, in order."""
         for area in sorted(self._areas):
             for at, value in enumerate(self._areas[area]):
                 if value:
-                    yield area * _AREA + at, value
+                    yield area * AREA + at, value
 
     def add(self, offset: int, length: int, number: int = 1) -> bool:
         """*number* references to each cluster that the bytes touch; whether there can be such."""
@@ -73,11 +80,31 @@ class ReferenceCounts:
             )
             return False
         for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
-            area, at = divmod(cluster, _AREA)
+            area, at = divmod(cluster, AREA)
             counts = self._areas.get(area)
             if counts is None:
-                counts = self._areas[area] = array("Q", bytes(8 * _AREA))
+                counts = self._areas[area] = array("Q", bytes(8 * AREA))
             counts[at] += number
+        return True
+
+    def add_run(self, offset: int, clusters: int, number: int) -> bool:
+        """``add`` for *clusters* from *offset* on, where one begins; past the limit, False and nothing counted."""
+        if offset + (clusters << self._image.cluster_bits) > self._limit:
+            return False
+        cluster = offset >> self._image.cluster_bits
+        end = cluster + clusters
+        while cluster < end:
+            area, at = divmod(cluster, AREA)
+            stop = min(AREA, at + end - cluster)
+            counts = self._areas.get(area)
+            if counts is None:
+                counts = self._areas[area] = array("Q", bytes(8 * AREA))
+            if any(counts[at:stop]):
+                for index in range(at, stop):
+                    counts[index] += number
+            else:
+                counts[at:stop] = array("Q", [number]) * (stop - at)
+            cluster += stop - at
         return True
 
     def add_cluster(self, offset: int, what: str, number: int = 1) -> bool:
@@ -164,6 +191,33 @@ def _count_entries(
 ) -> None:
     """The references from one L2 table, to which there are *number*."""
     expected = 0
+    for start in range(0, len(entries), _PART):
+        part = entries[start : start + _PART]
+        offset = part[0] & ondisk.OFFSET_MASK
+        if image.data_file is None and in_a_row(part, image.cluster_size) and count.add_run(offset, len(part), number):
+            allocation.allocated += len(part)
+            allocation.fragmented += bool(expected) and offset != expected
+            expected = offset + len(part) * image.cluster_size
+        else:
+            expected = _count_each(image, part, number, count, allocation, expected)
+
+
+def in_a_row(entries: array[int], cluster_size: int) -> bool:
+    """Whether L2 *entries* are of plain clusters, one behind the other in the file."""
+    first = entries[0]
+    offset = first & ondisk.OFFSET_MASK
+    return (
+        offset > 0
+        and not first & ~(ondisk.OFFSET_MASK | ondisk.COPIED)
+        and not offset & (cluster_size - 1)
+        and entries == array("Q", range(first, first + len(entries) * cluster_size, cluster_size))
+    )
+
+
+def _count_each(
+    image: Image, entries: array[int], number: int, count: ReferenceCounts, allocation: Allocation, expected: int
+) -> int:
+    """The same entry by entry; *expected* is where the cluster before them ends, the result where the last does."""
     for entry in entries:
         if not entry:
             continue
@@ -185,3 +239,4 @@ def _count_entries(
             expected = offset + image.cluster_size
             if image.data_file is None:
                 count.add_cluster(offset, "data cluster", number)
+    return expected

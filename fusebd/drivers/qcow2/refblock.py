@@ -50,6 +50,12 @@ class RefcountWidth:
             for index in range(start, end):
                 self.set(data, index, 1)
 
+    def are_ones(self, data: bytearray, start: int, end: int) -> bool:
+        """Whether all entries from *start* up to *end* are one."""
+        if self._bytes:
+            return data[start * self._bytes : end * self._bytes] == self._one * (end - start)
+        return all(self.get(data, index) == 1 for index in range(start, end))
+
     def find_zero(self, data: bytearray, start: int) -> int:
         """The first entry from *start* on that is zero; -1 if there is none."""
         width = self._bytes

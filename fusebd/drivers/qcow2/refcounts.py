@@ -202,6 +202,13 @@ class Refcounts:
             return 0
         return self.width.get((await self.block(index)).data, at)
 
+    async def are_ones(self, first: int, count: int) -> bool:
+        """Whether *count* clusters from *first* on have a refcount of one, and that in one block."""
+        index, at = divmod(first, self.per_block)
+        if at + count > self.per_block or not self.block_offset(index):
+            return False
+        return self.width.are_ones((await self.block(index)).data, at, at + count)
+
     # -- allocation -----------------------------------------------------------------------------
 
     async def allocate(self, count: int, purpose: str = "data cluster") -> int:

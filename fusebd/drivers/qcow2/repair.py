@@ -14,8 +14,9 @@ from itertools import groupby
 import trio
 
 from fusebd.block.options import Json
-from fusebd.drivers.qcow2.counting import Allocation, ReferenceCounts, count_references
+from fusebd.drivers.qcow2.counting import AREA, Allocation, ReferenceCounts, count_references, in_a_row
 from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.refblock import RefcountWidth
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.references import from_big_endian, to_big_endian
 from fusebd.drivers.qcow2.snapshots import Snapshot
@@ -24,6 +25,10 @@ from fusebd.errors import BlockIOError, ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
 log = logging.getLogger(__name__)
+
+#: entries that are looked at together, for most of them are in a row
+_PART = 64
+_ONES = array("Q", [1]) * AREA
 
 
 @dataclass(slots=True)
@@ -166,24 +171,34 @@ async def _store(count: ReferenceCounts, refcounts: Refcounts) -> None:
     """Put the counts into the refcount blocks."""
     blocks = [index for index in range(len(refcounts.table)) if refcounts.block_offset(index)]
     width, per_block = refcounts.width, refcounts.per_block
-    counted = groupby(count.all(), lambda item: item[0] // per_block)
-    index, counts = next(counted, (-1, iter(())))
+    counted = groupby(count.areas(), lambda item: item[0] // per_block)
+    index, areas = next(counted, (-1, iter(())))
     for existing in blocks:
         if 0 <= index < existing:
             break
         data = bytearray(refcounts.image.cluster_size)
         if index == existing:
-            for cluster, value in counts:
-                if value > width.maximum:
-                    raise ImageError(f"cluster {cluster} has too many references")
-                width.set(data, cluster % per_block, value)
-            index, counts = next(counted, (-1, iter(())))
+            for first, counts in areas:
+                _store_area(width, data, first % per_block, counts, first)
+            index, areas = next(counted, (-1, iter(())))
         block = await refcounts.block(existing)
         if block.data != data:
             block.data, block.dirty = data, True
         await trio.lowlevel.checkpoint()
     if index >= 0:
         raise ImageError(f"refcount block {index} is missing")
+
+
+def _store_area(width: RefcountWidth, data: bytearray, at: int, counts: array[int], first: int) -> None:
+    """Put *counts*, of the clusters from *first* on, into the block *data* from entry *at* on."""
+    if counts == _ONES:
+        width.set_ones(data, at, at + AREA)
+        return
+    for number, value in enumerate(counts):
+        if value > width.maximum:
+            raise ImageError(f"cluster {first + number} has too many references")
+        if value:
+            width.set(data, at + number, value)
 
 
 async def _fix_copied(image: Image, tables: Tables, refcounts: Refcounts, *, fix: bool) -> int:
@@ -221,7 +236,19 @@ async def _fix_copied(image: Image, tables: Tables, refcounts: Refcounts, *, fix
 async def _fix_entries(image: Image, entries: array[int], refcounts: Refcounts, words: int) -> int:
     """Set the flags of the L2 *entries* right, which have so many *words* each; how many were wrong."""
     wrong = 0
-    for index in range(0, len(entries), words):
+    for start in range(0, len(entries), _PART):
+        part = entries[start : start + _PART]
+        first = (part[0] & ondisk.OFFSET_MASK) >> image.cluster_bits
+        usual = words == 1 and part[0] & ondisk.COPIED and in_a_row(part, image.cluster_size)
+        if usual and await refcounts.are_ones(first, len(part)):
+            continue
+        wrong += await _fix_each(image, entries, range(start, start + len(part), words), refcounts)
+    return wrong
+
+
+async def _fix_each(image: Image, entries: array[int], indices: range, refcounts: Refcounts) -> int:
+    wrong = 0
+    for index in indices:
         entry = entries[index]
         offset = entry & ondisk.OFFSET_MASK
         if entry & ondisk.COMPRESSED or not offset or offset & image.cluster_mask:
