@@ -378,3 +378,29 @@ async def test_only_luks_can_be_amended(
         change = {"format": changed, **({"state": "inactive"} if changed == "luks" else {})}
         amend = {"node-name": "disk", "options": {"driver": "qcow2", "encrypt": change}}
         assert await job(talk, "x-blockdev-amend", **amend) == message
+
+
+async def test_a_disk_is_shared_but_for_its_key_slots(directory: Path) -> None:
+    """Two nodes over one file, as QEMU has it."""
+    async with daemon() as (graph, talk):
+        await prepared(graph, directory)
+        options = {"driver": "luks", "file": "image", "size": M, "key-secret": "key", **FAST}
+        assert await job(talk, "blockdev-create", options=options) is None
+        for name in ("one", "two"):
+            await graph.blockdev_add({"driver": "luks", "node-name": name, "file": "image", "key-secret": "key"})
+        roots = [root_of(graph, name) for name in ("one", "two")]
+        await write(roots[0], 0, b"one" * 1000)
+        assert await read(roots[1], 0, 3000) == b"one" * 1000
+        await graph.detach_root(roots[1])
+        amend: Json = {
+            "node-name": "one",
+            "options": {"driver": "luks", "state": "active", "new-secret": "new", **FAST},
+        }
+        refused = await job(talk, "x-blockdev-amend", **amend)
+        assert refused is not None
+        assert refused.startswith("Permission conflict on node 'image': permissions '")
+        await write(roots[0], 0, b"two" * 1000)
+        await talk.execute("blockdev-del", node_name="two")
+        assert await job(talk, "x-blockdev-amend", **amend) is None
+        await graph.blockdev_add({"driver": "luks", "node-name": "two", "file": "image", "key-secret": "new"})
+        await graph.detach_root(roots[0])

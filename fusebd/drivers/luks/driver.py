@@ -5,7 +5,7 @@ Options: QAPI BlockdevOptionsLUKS.  Behaviour: QEMU block/crypto.c.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -21,7 +21,7 @@ from fusebd.block.driver import (
 )
 from fusebd.block.opening import Opening
 from fusebd.block.options import BlockdevOptions, BlockdevRef, Json
-from fusebd.block.perms import Role
+from fusebd.block.perms import Perm, Role, default_perms
 from fusebd.crypto import SECTOR
 from fusebd.crypto.options import KeySlotChange
 from fusebd.errors import ImageError, OptionError
@@ -58,6 +58,7 @@ class Luks(FormatDriver):
         super().__init__(node)
         self._file, self._volume, self._cipher = file, volume, volume.cipher
         self._offset = volume.header.payload_offset
+        self._changing_keys = False
         self.length = file.node.driver.length - self._offset
         self.limits.request_alignment = SECTOR
         self.limits.max_transfer = _MAX_TRANSFER
@@ -91,9 +92,25 @@ class Luks(FormatDriver):
     async def amend(self, options: LuksAmendOptions, *, force: bool = False) -> None:
         from fusebd.crypto.keyslots import change_slots
 
-        given = self.node.options
+        given, graph = self.node.options, self.node.graph
         assert isinstance(given, LuksOptions)
-        await change_slots(self._volume, options, self.node.graph.objects, str(given.key_secret), force=force)
+        self._changing_keys = True
+        try:
+            graph.refresh_perms([self.node])
+            await change_slots(self._volume, options, graph.objects, str(given.key_secret), force=force)
+        finally:
+            self._changing_keys = False
+            graph.refresh_perms([self.node])
+
+    @classmethod
+    def child_perm(cls, node: Node, child: str, role: Role, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Others may change the file, too: only what writes the header has it for itself."""
+        taken, given = default_perms(role, perm, shared, writable=not node.read_only)
+        changes = Perm.WRITE | Perm.RESIZE
+        taken, given = taken & ~changes | perm & changes, given | shared & changes
+        if node.is_open and cast("Luks", node.driver)._changing_keys:
+            taken, given = taken | Perm.WRITE, given & ~(Perm.CONSISTENT_READ | Perm.WRITE)
+        return taken, given
 
     async def preadv(self, offset: int, bufs: Buffers) -> None:
         data = bytearray(nbytes(bufs))
