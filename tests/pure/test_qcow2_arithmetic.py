@@ -132,6 +132,15 @@ def test_ones_in_a_range_are_told_from_others(order: int, data: st.DataObject) -
     assert width.are_ones(block, start, end)
 
 
+@every_order
+@given(st.data())
+@repeatable
+def test_the_last_that_is_not_zero_is_found(order: int, data: st.DataObject) -> None:
+    counts = data.draw(counts_for(order))
+    expected = max((index for index, count in enumerate(counts) if count), default=-1)
+    assert RefcountWidth(order).last(block_of(order, counts)) == expected
+
+
 # --- L2 entries ----------------------------------------------------------------------------------
 
 CLUSTER_BITS = 12

@@ -16,6 +16,7 @@ import trio
 from fusebd.drivers.qcow2.bitmapdirectory import used_areas
 from fusebd.drivers.qcow2.header import check_table
 from fusebd.drivers.qcow2.image import Image
+from fusebd.drivers.qcow2.refblock import RefcountWidth
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.references import from_big_endian
 from fusebd.drivers.qcow2.snapshots import Snapshot
@@ -23,8 +24,9 @@ from fusebd.drivers.qcow2.tables import Tables
 from fusebd.errors import ImageError
 from fusebd.ondisk import qcow2 as ondisk
 
-#: clusters that are counted in one array: few, because an image may refer to anywhere
-AREA = 64
+#: clusters that are counted in one array: few, because an image may refer to anywhere, and no more than any block has
+_AREA = 64
+_ONES = array("Q", [1]) * _AREA
 #: entries that are looked at together, for most of them are in a row
 _PART = 64
 
@@ -53,20 +55,38 @@ class ReferenceCounts:
 
     def of(self, cluster: int) -> int:
         """The references to one cluster."""
-        counts = self._areas.get(cluster // AREA)
-        return counts[cluster % AREA] if counts is not None else 0
+        counts = self._areas.get(cluster // _AREA)
+        return counts[cluster % _AREA] if counts is not None else 0
 
-    def areas(self) -> Iterator[tuple[int, array[int]]]:
-        """The counts of AREA clusters each, with the first of these, in order; elsewhere there are none."""
-        for area in sorted(self._areas):
-            yield area * AREA, self._areas[area]
+    def blocks(self, per_block: int) -> set[int]:
+        """Which refcount blocks, of *per_block* entries each, would have something in them."""
+        return {area * _AREA // per_block for area in self._areas}
+
+    def block(self, index: int, width: RefcountWidth, cluster_size: int) -> bytearray | None:
+        """What refcount block *index* should have in it; None if one of its counts is more than *width* can hold."""
+        per_block = cluster_size * 8 >> width.order
+        data = bytearray(cluster_size)
+        first = index * per_block // _AREA
+        for area in range(first, first + per_block // _AREA):
+            counts, at = self._areas.get(area), (area - first) * _AREA
+            if counts is None:
+                continue
+            if counts == _ONES:
+                width.set_ones(data, at, at + _AREA)
+                continue
+            if max(counts) > width.maximum:
+                return None
+            for number, value in enumerate(counts):
+                if value:
+                    width.set(data, at + number, value)
+        return data
 
     def all(self) -> Iterator[tuple[int, int]]:
         """All clusters that have references, with their number, in order."""
         for area in sorted(self._areas):
             for at, value in enumerate(self._areas[area]):
                 if value:
-                    yield area * AREA + at, value
+                    yield area * _AREA + at, value
 
     def add(self, offset: int, length: int, number: int = 1) -> bool:
         """*number* references to each cluster that the bytes touch; whether there can be such."""
@@ -80,10 +100,10 @@ class ReferenceCounts:
             )
             return False
         for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
-            area, at = divmod(cluster, AREA)
+            area, at = divmod(cluster, _AREA)
             counts = self._areas.get(area)
             if counts is None:
-                counts = self._areas[area] = array("Q", bytes(8 * AREA))
+                counts = self._areas[area] = array("Q", bytes(8 * _AREA))
             counts[at] += number
         return True
 
@@ -94,11 +114,11 @@ class ReferenceCounts:
         cluster = offset >> self._image.cluster_bits
         end = cluster + clusters
         while cluster < end:
-            area, at = divmod(cluster, AREA)
-            stop = min(AREA, at + end - cluster)
+            area, at = divmod(cluster, _AREA)
+            stop = min(_AREA, at + end - cluster)
             counts = self._areas.get(area)
             if counts is None:
-                counts = self._areas[area] = array("Q", bytes(8 * AREA))
+                counts = self._areas[area] = array("Q", bytes(8 * _AREA))
             if any(counts[at:stop]):
                 for index in range(at, stop):
                     counts[index] += number

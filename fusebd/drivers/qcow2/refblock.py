@@ -56,6 +56,13 @@ class RefcountWidth:
             return data[start * self._bytes : end * self._bytes] == self._one * (end - start)
         return all(self.get(data, index) == 1 for index in range(start, end))
 
+    def last(self, data: bytearray) -> int:
+        """The last entry that is not zero; -1 if there is none."""
+        entry = (len(data.rstrip(b"\0")) * 8 - 1) >> self.order
+        while entry >= 0 and not self.get(data, entry):
+            entry -= 1
+        return entry
+
     def find_zero(self, data: bytearray, start: int) -> int:
         """The first entry from *start* on that is zero; -1 if there is none."""
         width = self._bytes

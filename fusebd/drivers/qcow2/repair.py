@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 from array import array
 from dataclasses import dataclass
-from itertools import groupby
 
 import trio
 
 from fusebd.block.options import Json
-from fusebd.drivers.qcow2.counting import AREA, Allocation, ReferenceCounts, count_references, in_a_row
+from fusebd.drivers.qcow2.counting import Allocation, ReferenceCounts, count_references, in_a_row
 from fusebd.drivers.qcow2.image import Image
-from fusebd.drivers.qcow2.refblock import RefcountWidth
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.references import from_big_endian, to_big_endian
 from fusebd.drivers.qcow2.snapshots import Snapshot
@@ -28,7 +26,6 @@ log = logging.getLogger(__name__)
 
 #: entries that are looked at together, for most of them are in a row
 _PART = 64
-_ONES = array("Q", [1]) * AREA
 
 
 @dataclass(slots=True)
@@ -102,6 +99,11 @@ class Checker:
             if not refcounts.block_offset(index):
                 continue
             block = await refcounts.block(index)
+            if block.data == count.block(index, refcounts.width, image.cluster_size):
+                if (last := refcounts.width.last(block.data)) >= 0:
+                    highest = first + last
+                await trio.lowlevel.checkpoint()
+                continue
             for at in range(refcounts.per_block):
                 stored, right = refcounts.width.get(block.data, at), count.of(first + at)
                 if not stored and not right:
@@ -122,7 +124,8 @@ class Checker:
             await trio.lowlevel.checkpoint()
         refcounts.free_hint = 0  # what has leaked is free now
         # now that the others are right, new blocks can be allocated for these
-        missing = [found for found in count.all() if not refcounts.block_offset(found[0] // refcounts.per_block)]
+        absent = {index for index in count.blocks(refcounts.per_block) if not refcounts.block_offset(index)}
+        missing = [found for found in count.all() if found[0] // refcounts.per_block in absent] if absent else []
         end = max([clusters, *(cluster + 1 for cluster, _ in missing)])
         for cluster, right in missing:
             highest = max(highest, cluster)
@@ -170,35 +173,16 @@ async def rebuild_refcounts(image: Image, tables: Tables, refcounts: Refcounts, 
 async def _store(count: ReferenceCounts, refcounts: Refcounts) -> None:
     """Put the counts into the refcount blocks."""
     blocks = [index for index in range(len(refcounts.table)) if refcounts.block_offset(index)]
-    width, per_block = refcounts.width, refcounts.per_block
-    counted = groupby(count.areas(), lambda item: item[0] // per_block)
-    index, areas = next(counted, (-1, iter(())))
-    for existing in blocks:
-        if 0 <= index < existing:
-            break
-        data = bytearray(refcounts.image.cluster_size)
-        if index == existing:
-            for first, counts in areas:
-                _store_area(width, data, first % per_block, counts, first)
-            index, areas = next(counted, (-1, iter(())))
-        block = await refcounts.block(existing)
+    if missing := count.blocks(refcounts.per_block) - set(blocks):
+        raise ImageError(f"refcount block {min(missing)} is missing")
+    for index in blocks:
+        data = count.block(index, refcounts.width, refcounts.image.cluster_size)
+        if data is None:
+            raise ImageError(f"a cluster that refcount block {index} counts has too many references")
+        block = await refcounts.block(index)
         if block.data != data:
             block.data, block.dirty = data, True
         await trio.lowlevel.checkpoint()
-    if index >= 0:
-        raise ImageError(f"refcount block {index} is missing")
-
-
-def _store_area(width: RefcountWidth, data: bytearray, at: int, counts: array[int], first: int) -> None:
-    """Put *counts*, of the clusters from *first* on, into the block *data* from entry *at* on."""
-    if counts == _ONES:
-        width.set_ones(data, at, at + AREA)
-        return
-    for number, value in enumerate(counts):
-        if value > width.maximum:
-            raise ImageError(f"cluster {first + number} has too many references")
-        if value:
-            width.set(data, at + number, value)
 
 
 async def _fix_copied(image: Image, tables: Tables, refcounts: Refcounts, *, fix: bool) -> int:
