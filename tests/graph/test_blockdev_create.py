@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from creations import by_qemu, create, daemon, finished, node
+from creations import create, daemon, finished, job_by_qemu, node
 from images import check_image, info
 from mounting import run
 from qemuprograms import storage_daemon
@@ -88,7 +88,7 @@ async def both(directory: Path, given: dict[str, Json]) -> tuple[tuple[str | Non
     with storage_daemon() as monitor:
         monitor("blockdev-add", node(image))
         monitor("blockdev-add", node(other, "other"))
-        theirs = by_qemu(monitor, **options)
+        theirs = job_by_qemu(monitor, "blockdev-create", options=options)
     expected = result(theirs)
     async with daemon() as (graph, talk):
         await graph.blockdev_add(node(image))
@@ -177,7 +177,7 @@ async def test_a_file_that_cannot_be_made_is_refused_in_qemus_words(directory: P
     before = image.read_bytes()
     with storage_daemon() as monitor:
         monitor("blockdev-add", disk(image))
-        expected = by_qemu(monitor, driver="file", **FILES_REFUSED[name])
+        expected = job_by_qemu(monitor, "blockdev-create", options={"driver": "file", **FILES_REFUSED[name]})
     async with daemon() as (_, talk):
         await talk.execute("blockdev-add", **disk(image))
         arguments = {"job-id": "making", "options": {"driver": "file", **FILES_REFUSED[name]}}

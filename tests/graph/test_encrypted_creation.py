@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from creations import by_qemu, daemon, finished, node
+from creations import daemon, finished, job_by_qemu, node
 from images import create_encrypted, patch, u32
 from mounting import run
 from qemuprograms import storage_daemon
@@ -192,7 +192,7 @@ async def test_a_disk_that_cannot_be_made_is_refused_in_qemus_words(directory: P
     with storage_daemon(*OBJECTS) as monitor:
         for file in ("image", "other"):
             monitor("blockdev-add", node(directory / file, file))
-        theirs = by_qemu(monitor, **options)
+        theirs = job_by_qemu(monitor, "blockdev-create", options=options)
     async with daemon() as (graph, talk):
         await prepared(graph, directory)
         assert await job(talk, "blockdev-create", options=options) == theirs is not None
@@ -231,7 +231,7 @@ async def test_an_image_that_cannot_be_made_is_refused_in_qemus_words(directory:
     options = {"driver": "qcow2", "file": "image", "size": M, "encrypt": QCOW2_REFUSED[name]}
     with storage_daemon(*OBJECTS) as monitor:
         monitor("blockdev-add", node(directory / "image", "image"))
-        theirs = by_qemu(monitor, **options)
+        theirs = job_by_qemu(monitor, "blockdev-create", options=options)
     async with daemon() as (graph, talk):
         await prepared(graph, directory)
         assert await job(talk, "blockdev-create", options=options) == theirs is not None
@@ -325,7 +325,7 @@ async def test_key_slots_change_as_qemus_do(directory: Path, driver: str) -> Non
             for given, force, opens in CHANGES if driver == "luks" else SOME_CHANGES:
                 change = given if driver == "luks" else {"encrypt": {"format": "luks", **given}}
                 arguments = {"node-name": "disk", "options": {"driver": driver, **change}, "force": force}
-                expected = amended_by_qemu(monitor, arguments)
+                expected = job_by_qemu(monitor, "x-blockdev-amend", **arguments)
                 assert await job(talk, "x-blockdev-amend", **arguments) == expected, arguments
                 assert await read(root, 1000, len(data)) == data
                 (told,) = [n for n in await talk.execute("query-named-block-nodes") if n["node-name"] == "disk"]
@@ -341,18 +341,6 @@ async def test_key_slots_change_as_qemus_do(directory: Path, driver: str) -> Non
         await graph.detach_root(root)
     assert content(path, driver)[1000 : 1000 + len(data)] == data if "key" in opens else True
     io(path, driver, "read 0 1M", secret="new")
-
-
-def amended_by_qemu(monitor: Any, arguments: Json) -> str | None:
-    answer = monitor.ask({"execute": "x-blockdev-amend", "arguments": {"job-id": "amending", **arguments}})
-    if "error" in answer:
-        error: str = answer["error"]["desc"]
-        return error
-    while (found := monitor("query-jobs")[0])["status"] != "concluded":
-        pass
-    monitor("job-dismiss", {"id": "amending"})
-    told: str | None = found.get("error")
-    return told
 
 
 @pytest.mark.parametrize(

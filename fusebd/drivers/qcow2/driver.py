@@ -48,10 +48,11 @@ from fusebd.drivers.qcow2.cleaning import Cleaner
 from fusebd.drivers.qcow2.compressedwrites import CompressedWriter
 from fusebd.drivers.qcow2.compression import decompress_in_thread
 from fusebd.drivers.qcow2.encryption import Encryption, unlock_image
-from fusebd.drivers.qcow2.extensions import drop_extension, set_autoclear
 from fusebd.drivers.qcow2.header import Header, read_header
 from fusebd.drivers.qcow2.image import Image, hexadecimal
+from fusebd.drivers.qcow2.imageinfo import image_info
 from fusebd.drivers.qcow2.luksvolume import amend_volume, make_luks_volume
+from fusebd.drivers.qcow2.opening import open_data_file, prepare_for_writing
 from fusebd.drivers.qcow2.options import (
     OL_BITMAP_DIRECTORY,
     OL_MAIN_HEADER,
@@ -64,13 +65,13 @@ from fusebd.drivers.qcow2.options import (
 )
 from fusebd.drivers.qcow2.refcounts import Refcounts
 from fusebd.drivers.qcow2.reopening import CHANGEABLE, Qcow2Reopening
-from fusebd.drivers.qcow2.repair import Checker, CheckResult, rebuild_refcounts
+from fusebd.drivers.qcow2.repair import Checker, CheckResult
 from fusebd.drivers.qcow2.resize import Resizer
 from fusebd.drivers.qcow2.snapshots import Snapshot, protect_snapshots, read_snapshots
 from fusebd.drivers.qcow2.snapshotting import Qcow2Snapshots
 from fusebd.drivers.qcow2.tables import Slice, Tables
 from fusebd.drivers.qcow2.zeroing import Zeroer
-from fusebd.errors import CommandError, FusebdError, ImageError, OptionError, ReadOnlyError
+from fusebd.errors import CommandError, ImageError, ReadOnlyError
 from fusebd.ondisk import qcow2 as ondisk
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Qcow2(FormatDriver):
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
         file = await opening.child("file", options.file, Role.IMAGE)
         header = await read_header(file, read_only=opening.node.read_only or options.x_check)
-        data_file = await _open_data_file(opening, options, header, file)
+        data_file = await open_data_file(opening, options, header, file)
         encryption = await unlock_image(file, header, options.encrypt, opening.graph.objects)
         driver = await cls.load(opening.node, file, data_file, options, encryption, mending=options.x_check)
         if header.incompatible_features & ondisk.INCOMPAT_CORRUPT and not opening.node.read_only:
@@ -201,7 +202,7 @@ class Qcow2(FormatDriver):
         await protect_snapshots(image, snapshots)
         image.metadata.add(OL_BITMAP_DIRECTORY, header.bitmap_directory_offset, header.bitmap_directory_size)
         if not node.read_only and not corrupt:
-            await _prepare_for_writing(image, tables, refcounts, snapshots)
+            await prepare_for_writing(image, tables, refcounts, snapshots)
         driver = cls(node, image, tables, refcounts, snapshots)
         await driver._bitmaps.load()
         driver._cleaner.start()
@@ -361,7 +362,7 @@ class Qcow2(FormatDriver):
                 return result
             marks = ondisk.INCOMPAT_CORRUPT | ondisk.INCOMPAT_DIRTY
             await anew._image.set_incompatible(anew.header.incompatible_features & ~marks)
-            await _prepare_for_writing(anew._image, anew._tables, anew._refcounts, anew._snapshots)
+            await prepare_for_writing(anew._image, anew._tables, anew._refcounts, anew._snapshots)
         except BaseException:
             anew.drop()
             raise
@@ -689,70 +690,4 @@ class Qcow2(FormatDriver):
     # -- what is shown --------------------------------------------------------------------------
 
     def format_info(self) -> dict[str, Json]:
-        header = self._image.header
-        data: dict[str, Json] = {
-            "compat": "0.10",
-            "compression-type": ondisk.COMPRESSION_NAMES[header.compression_type],
-            "refcount-bits": 1 << header.refcount_order,
-        }
-        if header.version >= 3:
-            data |= {
-                "compat": "1.1",
-                "lazy-refcounts": bool(header.compatible_features & ondisk.COMPAT_LAZY_REFCOUNTS),
-                "corrupt": bool(header.incompatible_features & ondisk.INCOMPAT_CORRUPT),
-                "extended-l2": header.extended_l2,
-            }
-        if header.data_file:
-            data["data-file"] = header.data_file
-        if header.has_data_file:
-            data["data-file-raw"] = self._image.has_raw_flag
-        if self._image.encryption is not None:
-            data["encrypt"] = self._image.encryption.info
-        info: dict[str, Json] = {
-            "cluster-size": header.cluster_size,
-            "dirty-flag": bool(header.incompatible_features & ondisk.INCOMPAT_DIRTY),
-            "format-specific": {"type": "qcow2", "data": data},
-        }
-        if self._image.encryption is not None:
-            info["encrypted"] = True
-        if self._snapshots:
-            info["snapshots"] = [snapshot.info() for snapshot in self._snapshots]
-        if bitmaps := self._bitmaps.info():
-            data["bitmaps"] = bitmaps
-        if self._backing_name:
-            info["backing-filename"] = self._backing_name
-            if header.backing_format:
-                info["backing-filename-format"] = header.backing_format
-        return info
-
-
-async def _prepare_for_writing(image: Image, tables: Tables, refcounts: Refcounts, snapshots: list[Snapshot]) -> None:
-    """What has to be right in the image before anything is changed in it."""
-    header = image.header
-    await set_autoclear(image, header.autoclear_features & ondisk.AUTOCLEAR_KNOWN)
-    if not header.nb_bitmaps and any(kind == ondisk.EXT_BITMAPS for kind, _ in header.extensions):
-        await drop_extension(image, ondisk.EXT_BITMAPS)  # they are not what they were
-    if header.incompatible_features & ondisk.INCOMPAT_DIRTY:
-        try:
-            await rebuild_refcounts(image, tables, refcounts, snapshots)
-        except FusebdError as error:
-            raise error.prefixed("Could not repair dirty image") from None
-        await image.set_incompatible(header.incompatible_features & ~ondisk.INCOMPAT_DIRTY)
-
-
-async def _open_data_file(opening: Opening, options: Qcow2Options, header: Header, file: Child) -> Child | None:
-    """The child with the guest data, if that is not in *file*: the option's, else the one that the image names."""
-    if not header.has_data_file:
-        if options.data_file is not UNSET:
-            await opening.child("data-file", options.data_file, Role.DATA)
-            raise OptionError("'data-file' can only be set for images with an external data file")
-        return None
-    if options.data_file is not UNSET:
-        data_file = await opening.child("data-file", options.data_file, Role.DATA)
-    elif header.data_file:
-        data_file = await opening.child_by_filename("data-file", header.data_file, Role.DATA, protocol=True)
-    else:
-        raise OptionError("'data-file' is required for this image")
-    file.role &= ~Role.DATA
-    opening.graph.refresh_perms([opening.node])
-    return data_file
+        return image_info(self._image, self._snapshots, self._bitmaps.info(), self._backing_name)
