@@ -17,7 +17,7 @@ demo:
 	@scripts/demo
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint:
 	@scripts/setup test $(VENV)
