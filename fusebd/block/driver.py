@@ -137,6 +137,8 @@ class Driver:
     options_class: ClassVar[type[BlockdevOptions]]
     is_filter: ClassVar[bool] = False
     is_format: ClassVar[bool] = False
+    #: the module whose CREATOR makes images of this kind; most daemons never make one, and do not load it
+    creation_module: ClassVar[str] = ""
     #: the options of ``amend``; None: an image of this kind cannot be changed
     amend_options: ClassVar[type[OptionStruct] | None] = None
     #: whether writes may have the flag COMPRESSED
@@ -194,7 +196,10 @@ class Driver:
     @classmethod
     def creator(cls) -> Creator | None:
         """What makes image files of this kind; None: nothing."""
-        return None
+        if not cls.creation_module:
+            return None
+        made: Creator = importlib.import_module(cls.creation_module).CREATOR
+        return made
 
     def was_probed(self) -> None:
         """It was chosen by the look of the image's first bytes, not by a user."""

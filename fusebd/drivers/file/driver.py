@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import trio
 from msgspec import UNSET, Meta, UnsetType
@@ -45,9 +45,6 @@ from fusebd.drivers.file.locks import ImageLocks
 from fusebd.drivers.file.reopening import NOT_WRITABLE, FileReopening, Handle
 from fusebd.drivers.file.resizing import resize_file
 from fusebd.errors import BlockIOError, FusebdError, NotSupported, OpenError
-
-if TYPE_CHECKING:
-    from fusebd.block.creation import Creator
 
 T = TypeVar("T")
 
@@ -86,6 +83,7 @@ class File(ProtocolDriver):
 
     supports_fua = True
     protocol_prefix = "file"
+    creation_module = "fusebd.drivers.file.creation"
     strong_options = frozenset({"filename"})
     changeable: ClassVar[frozenset[str] | None] = frozenset({"drop-cache"})
     reopening = FileReopening
@@ -129,12 +127,6 @@ class File(ProtocolDriver):
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, Json]:
         return {"filename": name.removeprefix("file:")}
-
-    @classmethod
-    def creator(cls) -> Creator | None:
-        from fusebd.drivers.file.creation import CREATOR  # most daemons never make a file
-
-        return CREATOR
 
     @classmethod
     def _check_kind(cls, fd: int, filename: str) -> None:
@@ -416,14 +408,11 @@ class HostDevice(File):
     """A block device (or a character device that can be read at offsets); its length is fixed."""
 
     protocol_prefix = "host_device"
+    creation_module = ""
 
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, Json]:
         return {"filename": name.removeprefix("host_device:")}
-
-    @classmethod
-    def creator(cls) -> Creator | None:
-        return None
 
     @classmethod
     def _check_kind(cls, fd: int, filename: str) -> None:

@@ -28,7 +28,6 @@ from fusebd.errors import ImageError, OptionError
 from fusebd.ondisk import luks as ondisk
 
 if TYPE_CHECKING:
-    from fusebd.block.creation import Creator
     from fusebd.crypto.luks import LuksVolume
 
 #: the most that is encrypted at once, in bytes
@@ -53,6 +52,7 @@ class Luks(FormatDriver):
 
     strong_options = frozenset({"key-secret"})
     amend_options = LuksAmendOptions
+    creation_module = "fusebd.drivers.luks.creation"
 
     def __init__(self, node: Node, file: Child, volume: LuksVolume) -> None:
         super().__init__(node)
@@ -66,12 +66,6 @@ class Luks(FormatDriver):
     @classmethod
     def probe(cls, data: bytes, name: str) -> int:
         return 100 if data[:6] == ondisk.MAGIC and data[6:8] == b"\0\1" else 0
-
-    @classmethod
-    def creator(cls) -> Creator | None:
-        from fusebd.drivers.luks.creation import CREATOR  # most daemons never make a disk
-
-        return CREATOR
 
     @classmethod
     async def open(cls, opening: Opening, options: LuksOptions) -> Luks:

@@ -10,7 +10,7 @@ others are cut into extents of one kind (``mapping``); what changes the mapping 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 from weakref import WeakSet
 
 from msgspec import UNSET, Meta, UnsetType
@@ -74,9 +74,6 @@ from fusebd.drivers.qcow2.zeroing import Zeroer
 from fusebd.errors import CommandError, ImageError, ReadOnlyError
 from fusebd.ondisk import qcow2 as ondisk
 
-if TYPE_CHECKING:
-    from fusebd.block.creation import Creator
-
 _NOT_DATA = ondisk.COMPRESSED | ondisk.ZERO | mapping.MIXED
 
 
@@ -97,6 +94,7 @@ class Qcow2(FormatDriver):
     resettable = CHANGEABLE
     reopening = Qcow2Reopening
     amend_options = AmendOptions
+    creation_module = "fusebd.drivers.qcow2.creation"
     can_compress = True
 
     def __init__(
@@ -142,12 +140,6 @@ class Qcow2(FormatDriver):
     @classmethod
     def probe(cls, data: bytes, name: str) -> int:
         return 100 if data[:4] == ondisk.MAGIC and len(data) >= 8 and int.from_bytes(data[4:8], "big") >= 2 else 0
-
-    @classmethod
-    def creator(cls) -> Creator | None:
-        from fusebd.drivers.qcow2.creation import CREATOR  # most daemons never make an image
-
-        return CREATOR
 
     @classmethod
     async def open(cls, opening: Opening, options: Qcow2Options) -> Qcow2:
@@ -341,8 +333,9 @@ class Qcow2(FormatDriver):
         return {"filename": node_filename(self.node), "format": self.name, **result.info()}
 
     async def _checked(self, fix: str) -> CheckResult:
+        """What is wrong in the image, which is usable, and mended as *fix* says."""
         image = self._image
-        if image.usable and not self.node.read_only:
+        if not self.node.read_only:
             await self.write_out()
         async with image.lock:
             self._tables.slices.clear()
